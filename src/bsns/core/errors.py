@@ -1,0 +1,195 @@
+"""Every failure that can reach a person or a peer, each with its remedy.
+
+BsnsError
+├── UserError           tell the user      the input has to change
+│   ├── ModelNotFound · CorruptModel · UnsupportedModel
+│   ├── BadRange · BadOption · NotEnoughMemory · PortInUse
+│   ├── InviteInvalid · InviteExpired · WrongSwarm
+│   └── PromptTooLong
+├── SwarmError          wait or add nodes  the swarm cannot serve this now
+│   ├── MissingBlocks · NoSuchSwarm
+├── PeerError           try another peer   this peer cannot serve this now
+│   ├── PeerUnreachable · PeerLost · PeerTimedOut
+│   └── CacheFull · NotHere · PeerFailed
+├── SessionError        reopen and replay  the stage no longer has this session's state
+│   ├── UnknownSession · PositionGap
+└── ProtocolError       ban the peer       it does not speak the protocol, or must not
+    ├── BadFrame · FrameTooLarge · BadTensor · NotAMember · VersionMismatch
+
+A failure crosses the wire as its class's `code` and its message; `error_from_wire` rebuilds it. An unknown code
+becomes PeerFailed, so that a newer peer's error is still a typed one.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import ClassVar
+
+
+class Remedy(enum.Enum):
+    """What the receiver of a failure should do next."""
+
+    TELL_USER = "tell the user"
+    WAIT = "wait or add nodes"
+    OTHER_PEER = "try another peer"
+    REPLAY = "reopen and replay"
+    BAN = "ban the peer"
+
+
+class BsnsError(Exception):
+    """A failure with a one-line message that says what to do."""
+
+    remedy: ClassVar[Remedy] = Remedy.TELL_USER
+
+    @property
+    def code(self) -> str:
+        return type(self).__name__
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class UserError(BsnsError):
+    """What the user asked for cannot be done as asked."""
+
+
+class ModelNotFound(UserError):
+    """No such built-in name, directory, GGUF file or hub id."""
+
+
+class CorruptModel(UserError):
+    """The model's files are truncated, unreadable or contradict each other."""
+
+
+class UnsupportedModel(UserError):
+    """The architecture cannot be cut by this engine without changing its result."""
+
+
+class BadRange(UserError):
+    """A block range that is empty, negative or outside the model."""
+
+
+class BadOption(UserError):
+    """An option's value makes no sense."""
+
+
+class NotEnoughMemory(UserError):
+    """Not even one block and its cache fit."""
+
+
+class PortInUse(UserError):
+    """The port asked for belongs to another process."""
+
+
+class InviteInvalid(UserError):
+    """The invite is malformed or its signature does not hold."""
+
+
+class InviteExpired(UserError):
+    """The invite's time is over; ask the swarm's founder for a new one."""
+
+
+class WrongSwarm(UserError):
+    """The invite and the peer belong to different swarms."""
+
+
+class PromptTooLong(UserError):
+    """Prompt plus answer exceed the model's context."""
+
+
+class SwarmError(BsnsError):
+    """The swarm as a whole cannot serve the request now."""
+
+    remedy = Remedy.WAIT
+
+
+class MissingBlocks(SwarmError):
+    """Some blocks of the model are held by nobody."""
+
+
+class NoSuchSwarm(SwarmError):
+    """None of the invite's bootstrap addresses answers."""
+
+
+class PeerError(BsnsError):
+    """One peer cannot serve the request now."""
+
+    remedy = Remedy.OTHER_PEER
+
+
+class PeerUnreachable(PeerError):
+    """No stream to the peer could be opened."""
+
+
+class PeerLost(PeerError):
+    """The stream to the peer closed under a request."""
+
+
+class PeerTimedOut(PeerError):
+    """The peer did not answer within the deadline."""
+
+
+class CacheFull(PeerError):
+    """The peer's KV cache has no room for the session."""
+
+
+class NotHere(PeerError):
+    """The peer does not hold the blocks, or not of this model."""
+
+
+class PeerFailed(PeerError):
+    """The peer reported a failure of its own."""
+
+
+class SessionError(BsnsError):
+    """The stage has lost, or never had, the session's state."""
+
+    remedy = Remedy.REPLAY
+
+
+class UnknownSession(SessionError):
+    """A step for a session that this stage does not hold."""
+
+
+class PositionGap(SessionError):
+    """A step that starts beyond the end of what the stage has seen."""
+
+
+class ProtocolError(BsnsError):
+    """The peer broke the protocol."""
+
+    remedy = Remedy.BAN
+
+
+class BadFrame(ProtocolError):
+    """A frame that does not decode to a known message."""
+
+
+class FrameTooLarge(ProtocolError):
+    """A length beyond the protocol's limits."""
+
+
+class BadTensor(ProtocolError):
+    """A tensor of the wrong name, dtype, shape or size."""
+
+
+class NotAMember(ProtocolError):
+    """No valid membership certificate for this swarm."""
+
+
+class VersionMismatch(ProtocolError):
+    """The peer speaks another version of the protocol."""
+
+
+def _leaves(kind: type[BsnsError]) -> list[type[BsnsError]]:
+    return [leaf for child in kind.__subclasses__() for leaf in (child, *_leaves(child))]
+
+
+ERRORS: dict[str, type[BsnsError]] = {kind.__name__: kind for kind in _leaves(BsnsError)}
+
+
+def error_from_wire(code: str, message: str) -> BsnsError:
+    """The error a peer reported, rebuilt from its code; PeerFailed for a code we do not know."""
+    kind = ERRORS.get(code)
+    return kind(message) if kind is not None else PeerFailed(f"{code}: {message}")

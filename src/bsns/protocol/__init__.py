@@ -1,0 +1,10 @@
+"""What peers say to each other: one file per conversation, one dataclass per message.
+
+frames      how a message and its tensors become bytes, with every length bounded
+greeting    who may talk: Hello and Welcome
+inference   a session's life on a stage: Open, Step, Result, Close
+records     what a node announces about itself
+membership  invites and the certificates made from them
+
+Client and worker share these words and nothing else. docs/protocol.md is the same in prose.
+"""

@@ -1,0 +1,113 @@
+"""The inference conversation: a session's life on a stage.
+
+    client → every stage     Open      answered by Opened or Failure
+    client → first stage     Step      a step's hidden states enter the route
+    stage  → next stage      Step      …walk it…
+    last stage → client      Result    …and return directly
+    client → every stage     Close     answered by Closed
+    stage  → client          Failure   anything that went wrong with a session, with a class of core.errors as code
+
+A frame's Step or Result may carry many sessions: `parts` name them, and the rows of the tensor `hidden`, of shape
+(rows, hidden size), belong to the parts in order. The rule that makes steps idempotent: *a step at position p
+overwrites everything from p on*.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.protocol.tensors import TensorSpec
+
+MAX_PARTS = 1024
+MAX_ROWS_PER_PART = 4096
+
+
+class Open(msgspec.Struct, frozen=True, tag="open"):
+    """Reserve `max_tokens` of KV cache for a session on blocks [start, end) of a model."""
+
+    session: SessionId
+    model: ModelId
+    start: int
+    end: int
+    dtype: str
+    max_tokens: int
+    depth: int
+    """How many stages the route has; tells a stage how finely to cut its batches."""
+    next_peer: PeerId | None
+    """Who gets the output: the next stage, or nobody, which means the client that opened."""
+    next_addresses: tuple[str, ...] = ()
+    previous_peer: PeerId | None = None
+    """Who may send steps besides the client that opened."""
+
+
+class Opened(msgspec.Struct, frozen=True, tag="opened"):
+    session: SessionId
+    cache_tokens_left: int
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """One session's share of a step: `rows` new tokens at positions `position` … `position + rows - 1`."""
+
+    session: SessionId
+    position: int
+    rows: int
+    wanted: int
+    """How many of the last rows the client wants back; 0 for all but the last chunk of a prefill."""
+    hops: tuple[tuple[float, float], ...] = ()
+    """For each stage passed so far: milliseconds inside the node, and milliseconds of those spent computing."""
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    parts: tuple[Part, ...]
+    tensors: tuple[TensorSpec, ...]
+
+
+class Result(msgspec.Struct, frozen=True, tag="result"):
+    """What the last stage returns: for each part only the `wanted` last rows; a part that wants none comes with no rows."""
+
+    parts: tuple[Part, ...]
+    tensors: tuple[TensorSpec, ...]
+
+
+class Failure(msgspec.Struct, frozen=True, tag="failure"):
+    """A failed Open, step or session."""
+
+    session: SessionId
+    code: str
+    message: str
+
+
+class Close(msgspec.Struct, frozen=True, tag="close"):
+    session: SessionId
+
+
+class Closed(msgspec.Struct, frozen=True, tag="closed"):
+    session: SessionId
+    cache_tokens_left: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    nonce: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    nonce: int
+
+
+class Describe(msgspec.Struct, frozen=True, tag="describe"):
+    """Ask a node for its present numbers."""
+
+
+class Description(msgspec.Struct, frozen=True, tag="description"):
+    """A node's present numbers, fresher than its record."""
+
+    start: int
+    end: int
+    sessions: int
+    cache_tokens: int
+    cache_tokens_left: int
+    block_time_s: float
+    rss_bytes: int
+    steps: int
+    rows: int

@@ -1,0 +1,6 @@
+"""Moving frames between peers.
+
+port     what a transport is: dial, accept, and streams of frames
+libp2p   the real one, on hivemind's libp2p daemon
+memory   for tests and the simulator: queues in one process
+"""

@@ -1,0 +1,63 @@
+"""What a transport is: authenticated, ordered streams of frames between peers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from bsns.core.ids import PeerId
+from bsns.protocol.frames import Buffer, Message
+
+
+class Stream(Protocol):
+    """One ordered, full-duplex stream of frames to a peer whose id the transport has proven."""
+
+    @property
+    def peer(self) -> PeerId: ...
+
+    async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Queue one frame; returns once the transport accepts more (back-pressure).
+
+        Buffers must not change until then. Raises PeerLost when the stream is closed, FrameTooLarge for an oversized
+        frame of our own.
+        """
+        ...
+
+    async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
+        """The next frame, whose views the caller owns. `max_body_bytes` tightens the protocol's limit.
+
+        Raises PeerLost at the end of the stream and a ProtocolError for anything that is not a valid frame; after
+        either the stream is of no more use.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close both directions; idempotent and never raises."""
+        ...
+
+
+Handler = Callable[[Stream], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """This peer's place in the network."""
+
+    @property
+    def peer(self) -> PeerId: ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddresses, with the peer id, under which others can reach this peer; empty if it does not listen."""
+        ...
+
+    async def dial(self, peer: PeerId, addresses: Sequence[str] = (), *, deadline_s: float = 5.0) -> Stream:
+        """Open a stream to a peer. Raises PeerUnreachable, at the latest after `deadline_s`."""
+        ...
+
+    async def listen(self, handler: Handler) -> None:
+        """Call `handler` in a task of its own for each stream others open; the stream closes when it returns."""
+        ...
+
+    async def close(self) -> None:
+        """Close every stream and stop listening; idempotent."""
+        ...
