@@ -1,0 +1,240 @@
+"""A stage: one contiguous range of a model's blocks, run by the model library's own layers.
+
+The library's base model is built without weights, everything outside the range is replaced by modules that change
+nothing, and only the range's tensors are read. Its own `forward` then does what is peculiar to the family (rotary
+tables, per-layer windows), so that no family needs a fork here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as library_logging
+
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadRange, CorruptModel, UnsupportedModel
+from bsns.model import attention
+from bsns.model.attention import KVCache, Ragged, Segment
+from bsns.model.families import Family, family_of
+from bsns.model.linear import can_pack, pack_linears
+from bsns.model.tensors import TORCH_DTYPES
+
+
+class Stage:
+    """Blocks [start, end) of a model, ready to run batches. Not thread-safe: one caller at a time."""
+
+    def __init__(self, path: Path, blocks: BlockRange, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
+        """Load the range from a safetensors directory.
+
+        Raises BadRange, CorruptModel, and UnsupportedModel for an architecture that would compute something else
+        when it is cut.
+        """
+        self.blocks = blocks
+        self.dtype = TORCH_DTYPES[dtype]
+        self.device = torch.device(device)
+        config = load_config(path)
+        if blocks.end > config.num_hidden_layers:
+            raise BadRange(f"blocks {blocks} do not exist: this model has blocks 0:{config.num_hidden_layers}")
+        self.hidden_size = int(config.hidden_size)
+        family = family_of(config.model_type)
+        self._base = load_cut(path, config, AutoModel, blocks, self.dtype, keep_ends=False)
+        self._layers_name = family.layers
+        self._layers: nn.ModuleList = getattr(self._base, family.layers)
+        self._views: dict[BlockRange, nn.ModuleList] = {blocks: self._layers}
+        self._bypass = bypassed_layers(config, AutoModel, family)
+        self._base.to(self.device)
+        if can_pack(self.device, self.dtype):
+            for index in blocks:
+                pack_linears(self._layers[index])
+        self._check()
+
+    @torch.inference_mode()
+    def run(
+        self, hidden_ND: torch.Tensor, segments: Sequence[Segment], blocks: BlockRange | None = None
+    ) -> torch.Tensor:
+        """One step of all segments through `blocks` (default: the whole range): (N, hidden) in, (N, hidden) out.
+
+        Each segment's keys and values are written to its cache at its position.
+        """
+        ragged = Ragged(segments)
+        return self._forward(hidden_ND.to(self.device, self.dtype), ragged, blocks or self.blocks)
+
+    def _forward(self, hidden_ND: torch.Tensor, ragged: Ragged, blocks: BlockRange) -> torch.Tensor:
+        setattr(self._base, self._layers_name, self._view(blocks))
+        positions = torch.tensor(
+            [[p for s in ragged.segments for p in range(s.position, s.position + s.end - s.start)]], device=self.device
+        )
+        output = self._base(inputs_embeds=hidden_ND[None], position_ids=positions, use_cache=False, ragged=ragged)
+        output_ND: torch.Tensor = output.last_hidden_state[0]
+        return output_ND
+
+    def _view(self, blocks: BlockRange) -> nn.ModuleList:
+        """The layer list in which only `blocks` compute."""
+        view = self._views.get(blocks)
+        if view is None:
+            if not self.blocks.covers(blocks):
+                raise BadRange(f"blocks {blocks} are not within this stage's {self.blocks}")
+            view = nn.ModuleList(
+                layer if index in range(blocks.start, blocks.end) else self._bypass[index]
+                for index, layer in enumerate(self._layers)
+            )
+            self._views[blocks] = view
+        return view
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Raises UnsupportedModel unless the cut model computes exactly its own blocks, with our attention in each."""
+        probe = torch.linspace(-1, 1, 2 * self.hidden_size, device=self.device).reshape(2, -1).to(self.dtype)
+        segment = Segment(KVCache(2), 0, 0, 2)
+        self._views[BlockRange(0, 1)], kept = nn.ModuleList(self._bypass), self._views.get(BlockRange(0, 1))
+        untouched = self._forward(probe, Ragged([segment]), BlockRange(0, 1))
+        if kept is None:
+            del self._views[BlockRange(0, 1)]
+        else:
+            self._views[BlockRange(0, 1)] = kept
+        if not torch.equal(untouched, probe):
+            raise UnsupportedModel(
+                f"{type(self._base).__name__} changes activations outside its blocks; it needs a row in model/families.py"
+            )
+        ragged = Ragged([segment])
+        self._forward(probe, ragged, self.blocks)
+        if ragged.calls != len(self.blocks):
+            raise UnsupportedModel(
+                f"{type(self._base).__name__} ran our attention {ragged.calls} times in {len(self.blocks)} blocks; "
+                "it does not use the library's attention interface"
+            )
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """The model's configuration with our attention chosen. Raises CorruptModel, UnsupportedModel."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CorruptModel(f"{path}/config.json cannot be read: {_first_line(error)}") from error
+    if not getattr(config, "num_hidden_layers", None) or not getattr(config, "hidden_size", None):
+        raise UnsupportedModel(f"model type {config.model_type!r} is not a row of decoder blocks")
+    config._attn_implementation = attention.NAME
+    return config
+
+
+def load_cut(
+    path: Path, config: PreTrainedConfig, auto: Any, blocks: BlockRange | None, dtype: torch.dtype, *, keep_ends: bool
+) -> PreTrainedModel:
+    """The library's model with weights only for `blocks` (and the ends, if kept).
+
+    `auto` is AutoModel or AutoModelForCausalLM. Raises CorruptModel, UnsupportedModel.
+    """
+    family = family_of(config.model_type)
+    whole = model_class(config, auto)
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, config, *args, **kwargs)
+        _cut(self, family, blocks, keep_ends=keep_ends)
+
+    namespace: dict[str, Any] = {"__init__": __init__, "__module__": whole.__module__}
+    if not keep_ends:
+        namespace["_tied_weights_keys"] = {}
+    cut_class = type(whole.__name__, (whole,), namespace)
+    try:
+        with quiet_library():
+            model, report = cut_class.from_pretrained(
+                path, config=copy.deepcopy(config), dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise CorruptModel(f"{path} cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise CorruptModel(f"{path} lacks {len(missing)} tensors of this architecture, first {missing[0]}")
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def model_class(config: PreTrainedConfig, auto: Any) -> type[PreTrainedModel]:
+    """The library's class for a configuration. Raises UnsupportedModel."""
+    mapping = auto._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedModel(f"the model library has no decoder for model type {config.model_type!r}")
+    kind = mapping[type(config)]
+    return kind[0] if isinstance(kind, (list, tuple)) else kind  # type: ignore[no-any-return]
+
+
+def bypassed_layers(config: PreTrainedConfig, auto: Any, family: Family) -> list[nn.Module]:
+    """One weightless stand-in per layer, which returns its input but keeps the layer's plain attributes."""
+    with torch.device("meta"):
+        model = model_class(config, auto)(copy.deepcopy(config))
+    layers = _layers_of(model, family)
+    for layer in layers:
+        _bypass(layer)
+    return list(layers)
+
+
+def _cut(model: PreTrainedModel, family: Family, blocks: BlockRange | None, *, keep_ends: bool) -> None:
+    for index, layer in enumerate(_layers_of(model, family)):
+        if blocks is None or index not in range(blocks.start, blocks.end):
+            _bypass(layer)
+    if keep_ends:
+        return
+    base = model.base_model
+    base.set_input_embeddings(nn.Identity())
+    setattr(base, family.final_norm, nn.Identity())
+    if family.learned_positions:
+        setattr(base, family.learned_positions, NoPositions())
+
+
+def _layers_of(model: PreTrainedModel, family: Family) -> nn.ModuleList:
+    layers = getattr(model.base_model, family.layers, None)
+    if not isinstance(layers, nn.ModuleList) or not hasattr(model.base_model, family.final_norm):
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not keep its blocks in {family.layers!r} and its last norm in "
+            f"{family.final_norm!r}; it needs a row in model/families.py"
+        )
+    return layers
+
+
+def _bypass(layer: nn.Module) -> None:
+    for name, _ in list(layer.named_children()):
+        delattr(layer, name)
+    for name, _ in list(layer.named_parameters(recurse=False)):
+        delattr(layer, name)
+    layer.forward = MethodType(_unchanged, layer)
+
+
+def _unchanged(_: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
+class NoPositions(nn.Module):
+    """Stands in for a position table on a stage: the client has already added the positions."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=position_ids.device)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def quiet_library() -> Any:
+    """The library's progress bars and its table of unused tensors are not for our users' screens."""
+    level = library_logging.get_verbosity()
+    bars = library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity(logging.CRITICAL)
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(level)
+        if bars:
+            library_logging.enable_progress_bar()

@@ -1,0 +1,106 @@
+"""Continuous batching: which steps run together, and when. Pure: time comes in as an argument.
+
+Every batch takes the waiting short steps (decoding) first and then as many prompt chunks as fit, so that a long prompt
+delays nobody by more than one chunk. A session is in a batch at most once, in order.
+
+On a route of several stages the batch is cut so that every stage has one: if all sessions stepped in one batch, one stage
+would work while the others wait for it. With S sessions stepping through D stages a batch takes at most ⌈S / D⌉ of them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bsns.core.blocks import BlockRange
+from bsns.core.ids import SessionId
+from bsns.protocol.frames import Buffer
+from bsns.protocol.inference import Part
+from bsns.worker.sessions import Session
+
+SHORT_ROWS = 16
+"""Steps up to this many rows count as decoding."""
+ACTIVE_S = 1.0
+"""A session that stepped within this time counts as stepping."""
+
+
+@dataclass(slots=True)
+class Work:
+    """One session's step, waiting or running."""
+
+    session: Session
+    part: Part
+    hidden: Buffer
+    """The rows' bytes."""
+    arrived_s: float
+    started_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Steps that run as one, all through the same blocks."""
+
+    blocks: BlockRange
+    works: Sequence[Work]
+
+    @property
+    def rows(self) -> int:
+        return sum(work.part.rows for work in self.works)
+
+
+class Batcher:
+    """The waiting steps of a stage, a queue per session."""
+
+    def __init__(self, *, max_rows: int = 512) -> None:
+        self.max_rows = max_rows
+        self._queues: dict[SessionId, deque[Work]] = {}
+        self._stepped: OrderedDict[SessionId, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def add(self, work: Work) -> None:
+        id_ = work.part.session
+        self._queues.setdefault(id_, deque()).append(work)
+        if work.part.rows <= SHORT_ROWS:
+            self._stepped[id_] = work.arrived_s
+            self._stepped.move_to_end(id_)
+
+    def drop(self, session: SessionId) -> None:
+        """Forget a session's waiting steps."""
+        self._queues.pop(session, None)
+        self._stepped.pop(session, None)
+
+    def next_batch(self, now_s: float) -> Batch | None:
+        """Take the next batch, or None if nothing waits. The longest waiting step decides which blocks run."""
+        if not self._queues:
+            return None
+        heads = sorted((queue[0] for queue in self._queues.values()), key=lambda work: work.arrived_s)
+        blocks = heads[0].session.blocks
+        fitting = [work for work in heads if work.session.blocks == blocks]
+        short = [work for work in fitting if work.part.rows <= SHORT_ROWS][: self._short_steps(fitting, now_s)]
+        long = [work for work in fitting if work.part.rows > SHORT_ROWS]
+        chosen: list[Work] = []
+        rows = 0
+        for work in (*short, *long):
+            if chosen and rows + work.part.rows > self.max_rows:
+                continue
+            chosen.append(self._take(work.part.session))
+            work.started_s = now_s
+            rows += work.part.rows
+        return Batch(blocks, chosen)
+
+    def _take(self, session: SessionId) -> Work:
+        queue = self._queues[session]
+        work = queue.popleft()
+        if not queue:
+            del self._queues[session]
+        return work
+
+    def _short_steps(self, fitting: Sequence[Work], now_s: float) -> int:
+        """How many short steps a batch may take, so that every stage of the routes has work."""
+        while self._stepped and now_s - next(iter(self._stepped.values())) > ACTIVE_S:
+            self._stepped.popitem(last=False)
+        depth = max(work.session.depth for work in fitting)
+        return max(1, -(-len(self._stepped) // depth))

@@ -1,0 +1,278 @@
+"""A stage in conversation: takes steps from clients and neighbours, runs them in batches, passes them on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLost, ProtocolError
+from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.frames import Message
+from bsns.protocol.greeting import Refusal
+from bsns.protocol.inference import (
+    MAX_PARTS,
+    Close,
+    Closed,
+    Describe,
+    Description,
+    Failure,
+    Open,
+    Opened,
+    Part,
+    Ping,
+    Pong,
+    Result,
+    Step,
+)
+from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
+from bsns.transport.port import Stream
+from bsns.worker.batching import Batch, Batcher, Work
+from bsns.worker.executor import Executor
+from bsns.worker.relay import Dial, Relay
+from bsns.worker.sessions import SessionTable
+
+log = structlog.get_logger(__name__)
+
+SWEEP_S = 5.0
+"""How often idle sessions are looked for."""
+
+
+class Worker:
+    """One stage: its sessions, its waiting steps, and the one thread that computes."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        sessions: SessionTable,
+        dial: Dial,
+        *,
+        block_time_s: float,
+        rss_bytes: Callable[[], int],
+    ) -> None:
+        self._executor = executor
+        self.sessions = sessions
+        self._relay = Relay(dial)
+        self._batcher = Batcher()
+        self._awake = threading.Condition()
+        self._stopping = False
+        self._clients: dict[PeerId, Stream] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._rss_bytes = rss_bytes
+        self.block_time_s = block_time_s
+        self.steps = 0
+        self.rows = 0
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._compute, name="compute", daemon=True)
+        self._thread.start()
+        self._spawn(self._sweep())
+
+    async def serve(self, stream: Stream) -> None:
+        """Talk with one admitted peer until its stream ends; then free whatever it had opened."""
+        try:
+            while True:
+                message, buffers = await stream.receive()
+                await self._answer(stream, message, buffers)
+        except PeerLost:
+            return
+        except ProtocolError as error:
+            log.warning("peer broke the protocol", peer=stream.peer, error=error.message)
+            await stream.send(Refusal(error.code, error.message))
+        finally:
+            if self._clients.get(stream.peer) is stream:
+                del self._clients[stream.peer]
+                for session in self.sessions.close_all_of(stream.peer):
+                    self._free(session)
+
+    def description(self) -> Description:
+        return Description(
+            start=self._executor.blocks.start,
+            end=self._executor.blocks.end,
+            sessions=len(self.sessions),
+            cache_tokens=self.sessions.cache_tokens,
+            cache_tokens_left=self.sessions.cache_tokens_left,
+            block_time_s=self.block_time_s,
+            rss_bytes=self._rss_bytes(),
+            steps=self.steps,
+            rows=self.rows,
+        )
+
+    async def close(self) -> None:
+        """Stop computing and close every stream to neighbours."""
+        with self._awake:
+            self._stopping = True
+            self._awake.notify()
+        for task in list(self._tasks):
+            task.cancel()
+        await self._relay.close()
+        await asyncio.to_thread(self._thread.join, 10.0)
+
+    async def _answer(self, stream: Stream, message: Message, buffers: Sequence[memoryview]) -> None:
+        match message:
+            case Step():
+                await self._accept(stream, message, buffers)
+            case Open():
+                self._spawn(self._open(stream, message))
+            case Close():
+                if self.sessions.close(message.session, stream.peer):
+                    self._free(message.session)
+                await stream.send(Closed(message.session, self.sessions.cache_tokens_left))
+            case Ping():
+                await stream.send(Pong(message.nonce))
+            case Describe():
+                await stream.send(self.description())
+            case _:
+                raise BadFrame(f"a stage does not take {type(message).__name__}")
+
+    async def _open(self, stream: Stream, message: Open) -> None:
+        try:
+            session = self.sessions.open(message, stream.peer, self._now_s())
+            self._clients.setdefault(stream.peer, stream)
+            self._executor.open(session.id, session.max_tokens)
+            try:
+                if session.next is not None:
+                    await self._relay.connect(session.next, session.next_addresses)
+            except BsnsError:
+                self.sessions.close(session.id, stream.peer)
+                self._free(session.id)
+                raise
+            await stream.send(Opened(session.id, self.sessions.cache_tokens_left))
+        except BsnsError as error:
+            await self._report(stream, message.session, error)
+
+    async def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
+        """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for the whole frame."""
+        if not 1 <= len(message.parts) <= MAX_PARTS:
+            raise BadFrame(f"a step of {len(message.parts)} parts; 1 to {MAX_PARTS} are allowed")
+        rows = sum(part.rows for part in message.parts)
+        hidden, dtype = self._executor.hidden_size, self._executor.dtype
+        expected = TensorSpec.raw("hidden", dtype, (rows, hidden)) if rows >= 0 else None
+        if len(message.tensors) != 1 or message.tensors[0] != expected:
+            raise BadTensor(f"a step carries one tensor 'hidden' of shape ({rows}, {hidden}) in {dtype}")
+        row_bytes = hidden * DTYPE_BYTES[dtype]
+        now_s = self._now_s()
+        offset = 0
+        accepted: list[Work] = []
+        for part in message.parts:
+            try:
+                session = self.sessions.step(part, stream.peer, now_s)
+            except BsnsError as error:
+                await self._report(self._client_of(part.session, stream), part.session, error)
+            else:
+                body = buffers[0][offset * row_bytes : (offset + part.rows) * row_bytes]
+                accepted.append(Work(session, part, body, now_s))
+            offset += max(part.rows, 0)
+        with self._awake:
+            for work in accepted:
+                self._batcher.add(work)
+            self._awake.notify()
+
+    def _compute(self) -> None:
+        """The compute thread: batch after batch, until the worker closes."""
+        while True:
+            with self._awake:
+                while (batch := self._batcher.next_batch(self._now_s())) is None:
+                    if self._stopping:
+                        return
+                    self._awake.wait()
+                if self._stopping:
+                    return
+            try:
+                outputs = self._executor.run(batch)
+            except Exception as error:
+                log.exception("a batch failed", rows=batch.rows)
+                failure = PeerFailed(f"computing blocks {batch.blocks} failed: {type(error).__name__}")
+                self._loop.call_soon_threadsafe(self._spawn_failure, batch, failure)
+                continue
+            finished_s = self._now_s()
+            self._loop.call_soon_threadsafe(self._deliver, batch, outputs, finished_s)
+
+    def _deliver(self, batch: Batch, outputs: list[memoryview], finished_s: float) -> None:
+        """Send each work's output on: to the next stage, or back to the client that asked."""
+        started_s = batch.works[0].started_s
+        self.steps += 1
+        self.rows += batch.rows
+        if batch.rows == len(batch.works) == 1:
+            measured_s = (finished_s - started_s) / len(batch.blocks)
+            self.block_time_s += 0.05 * (measured_s - self.block_time_s)
+        compute_ms = (finished_s - started_s) * 1e3
+        groups: defaultdict[tuple[bool, PeerId], list[tuple[Work, memoryview]]] = defaultdict(list)
+        for work, output in zip(batch.works, outputs, strict=True):
+            if self.sessions.get(work.part.session) is not work.session:
+                continue  # closed meanwhile: nobody waits for it
+            onward = work.session.next
+            groups[(onward is not None, onward or work.session.client)].append((work, output))
+        for (forward, peer), members in groups.items():
+            self._spawn(self._pass_on(forward, peer, members, compute_ms))
+
+    async def _pass_on(
+        self, forward: bool, peer: PeerId, members: list[tuple[Work, memoryview]], compute_ms: float
+    ) -> None:
+        hidden, dtype = self._executor.hidden_size, self._executor.dtype
+        row_bytes = hidden * DTYPE_BYTES[dtype]
+        sent_s = self._now_s()
+        parts: list[Part] = []
+        buffers: list[memoryview] = []
+        rows = 0
+        for work, output in members:
+            part = work.part
+            hops = (*part.hops, ((sent_s - work.arrived_s) * 1e3, compute_ms))
+            parts.append(Part(part.session, part.position, part.rows, part.wanted, hops))
+            keep = part.rows if forward else part.wanted
+            rows += keep
+            if keep:
+                buffers.append(output[(part.rows - keep) * row_bytes :])
+        tensors = (TensorSpec.raw("hidden", dtype, (rows, hidden)),)
+        sessions = [work.session for work, _ in members]
+        try:
+            if forward:
+                await self._relay.send(peer, sessions[0].next_addresses, Step(tuple(parts), tensors), buffers)
+            else:
+                stream = self._clients.get(peer)
+                if stream is not None:
+                    await stream.send(Result(tuple(parts), tensors), buffers)
+        except BsnsError as error:
+            for session in sessions:
+                await self._report(self._clients.get(session.client), session.id, error)
+
+    async def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
+        """Tell a client that its session failed; a client that is gone needs no telling."""
+        if stream is None:
+            return
+        try:
+            await stream.send(Failure(session, error.code, error.message))
+        except BsnsError as lost:
+            log.info("a failure found nobody to hear it", session=session, error=error.message, reason=lost.message)
+
+    def _client_of(self, session: SessionId, sender: Stream) -> Stream:
+        """Who must hear of a session's failure: its client if we know it, else whoever sent the step."""
+        held = self.sessions.get(session)
+        return self._clients.get(held.client, sender) if held is not None else sender
+
+    def _free(self, session: SessionId) -> None:
+        with self._awake:
+            self._batcher.drop(session)
+        self._executor.close(session)
+
+    def _spawn_failure(self, batch: Batch, error: BsnsError) -> None:
+        for work in batch.works:
+            self._spawn(self._report(self._clients.get(work.session.client), work.session.id, error))
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            for session in self.sessions.expire(self._now_s()):
+                self._free(session)
+
+    def _spawn(self, coroutine: object) -> None:
+        task: asyncio.Task[None] = self._loop.create_task(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @staticmethod
+    def _now_s() -> float:
+        return time.monotonic()

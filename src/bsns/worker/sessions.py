@@ -1,0 +1,148 @@
+"""The session table of a stage: admission, positions and expiry. Pure: time comes in as an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadFrame, CacheFull, NotHere, PositionGap, UnknownSession
+from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.protocol.inference import MAX_ROWS_PER_PART, Open, Part
+
+
+@dataclass(slots=True)
+class Session:
+    """One session on this stage."""
+
+    id: SessionId
+    client: PeerId
+    blocks: BlockRange
+    max_tokens: int
+    depth: int
+    previous: PeerId | None
+    next: PeerId | None
+    next_addresses: tuple[str, ...]
+    end: int = 0
+    """How many tokens the stage has been given; the next step may start here or anywhere before."""
+    seen_s: float = 0.0
+
+
+class SessionTable:
+    """All sessions of a stage. Capacity is reserved when a session opens, so that no running session is ever evicted."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelId,
+        held: BlockRange,
+        dtype: str,
+        cache_tokens: int,
+        context_tokens: int,
+        max_sessions: int = 1024,
+        idle_s: float = 600.0,
+    ) -> None:
+        self.model = model
+        self.held = held
+        self.dtype = dtype
+        self.cache_tokens = cache_tokens
+        self.context_tokens = context_tokens
+        self.max_sessions = max_sessions
+        self.idle_s = idle_s
+        self._sessions: dict[SessionId, Session] = {}
+        self._reserved = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def cache_tokens_left(self) -> int:
+        return self.cache_tokens - self._reserved
+
+    def get(self, session: SessionId) -> Session | None:
+        return self._sessions.get(session)
+
+    def open(self, message: Open, client: PeerId, now_s: float) -> Session:
+        """Admit a session. Raises NotHere, CacheFull or BadFrame; the table is unchanged then."""
+        if message.session in self._sessions:
+            raise BadFrame(f"session {message.session} is open already")
+        if message.model != self.model:
+            raise NotHere(f"this node serves model {self.model}, not {message.model}")
+        if not 0 <= message.start < message.end:
+            raise BadFrame(f"blocks {message.start}:{message.end} are no range")
+        blocks = BlockRange(message.start, message.end)
+        if not self.held.covers(blocks):
+            raise NotHere(f"this node holds blocks {self.held}, not {blocks}")
+        if message.dtype != self.dtype:
+            raise NotHere(f"this node computes in {self.dtype}, not {message.dtype}; start the client with that dtype")
+        if not 1 <= message.max_tokens <= self.context_tokens:
+            raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
+        if not 1 <= message.depth <= 1024:
+            raise BadFrame(f"a route of {message.depth} stages is impossible")
+        if message.max_tokens > self.cache_tokens_left or len(self._sessions) >= self.max_sessions:
+            raise CacheFull(
+                f"{message.max_tokens} tokens of cache asked for, {self.cache_tokens_left} of {self.cache_tokens} left "
+                f"beside {len(self._sessions)} sessions; ask for fewer or wait for one to end"
+            )
+        session = Session(
+            message.session,
+            client,
+            blocks,
+            message.max_tokens,
+            message.depth,
+            message.previous_peer,
+            message.next_peer,
+            message.next_addresses,
+            seen_s=now_s,
+        )
+        self._sessions[message.session] = session
+        self._reserved += message.max_tokens
+        return session
+
+    def step(self, part: Part, sender: PeerId, now_s: float) -> Session:
+        """Check a step and note it. Raises UnknownSession, PositionGap or BadFrame; nothing is noted then.
+
+        A step of a session that belongs to others looks unknown, so that strangers cannot probe for sessions.
+        """
+        session = self._sessions.get(part.session)
+        if session is None or sender not in (session.client, session.previous):
+            raise UnknownSession(f"no session {part.session} is open here for this peer; reopen it and replay")
+        if not 1 <= part.rows <= MAX_ROWS_PER_PART or not 0 <= part.wanted <= part.rows or part.position < 0:
+            raise BadFrame(f"a step of {part.rows} rows at {part.position}, {part.wanted} wanted, is impossible")
+        if part.position > session.end:
+            raise PositionGap(f"the step starts at {part.position}, this stage has only {session.end} tokens; replay")
+        if part.position + part.rows > session.max_tokens:
+            raise BadFrame(f"the step ends at {part.position + part.rows}, beyond the {session.max_tokens} reserved")
+        session.end = part.position + part.rows
+        session.seen_s = now_s
+        return session
+
+    def close(self, session: SessionId, client: PeerId) -> bool:
+        """Forget a session at its client's wish; False if there was none."""
+        held = self._sessions.get(session)
+        if held is None or held.client != client:
+            return False
+        self._drop(held)
+        return True
+
+    def close_all_of(self, client: PeerId) -> list[SessionId]:
+        """Forget every session a client opened, because it is gone."""
+        gone = [session for session in self._sessions.values() if session.client == client]
+        for session in gone:
+            self._drop(session)
+        return [session.id for session in gone]
+
+    def expire(self, now_s: float) -> list[SessionId]:
+        """Forget the sessions that nobody has stepped for `idle_s`."""
+        stale = [session for session in self._sessions.values() if now_s - session.seen_s > self.idle_s]
+        for session in stale:
+            self._drop(session)
+        return [session.id for session in stale]
+
+    def check(self) -> None:
+        """Invariant: what is reserved is what the open sessions reserved, and never more than there is."""
+        assert self._reserved == sum(session.max_tokens for session in self._sessions.values())
+        assert 0 <= self._reserved <= self.cache_tokens
+
+    def _drop(self, session: Session) -> None:
+        del self._sessions[session.id]
+        self._reserved -= session.max_tokens

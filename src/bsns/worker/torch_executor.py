@@ -1,0 +1,75 @@
+"""The torch executor: a stage of the model library's own layers, on any device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from bsns.core.blocks import BlockRange
+from bsns.core.ids import SessionId
+from bsns.model.attention import KVCache, Segment
+from bsns.model.stage import Stage
+from bsns.model.tensors import to_memory, to_tensor
+from bsns.worker.batching import Batch
+
+
+class TorchExecutor:
+    """See worker.executor.Executor."""
+
+    name = "torch"
+
+    def __init__(self, stage: Stage, *, dtype: str) -> None:
+        self._stage = stage
+        self._dtype = dtype
+        self._caches: dict[SessionId, KVCache] = {}
+
+    @property
+    def blocks(self) -> BlockRange:
+        return self._stage.blocks
+
+    @property
+    def hidden_size(self) -> int:
+        return self._stage.hidden_size
+
+    @property
+    def dtype(self) -> str:
+        return self._dtype
+
+    @property
+    def device(self) -> str:
+        return self._stage.device.type
+
+    def open(self, session: SessionId, max_tokens: int) -> None:
+        self._caches[session] = KVCache(max_tokens)
+
+    def close(self, session: SessionId) -> None:
+        self._caches.pop(session, None)
+
+    def run(self, batch: Batch) -> list[memoryview]:
+        segments: list[Segment] = []
+        inputs: list[torch.Tensor] = []
+        start = 0
+        for work in batch.works:
+            rows, position = work.part.rows, work.part.position
+            cache = self._caches.get(work.part.session) or KVCache(position + rows)
+            segments.append(Segment(cache, position, start, start + rows))
+            inputs.append(to_tensor(work.hidden, self._dtype, (rows, self.hidden_size)))
+            start += rows
+        hidden_ND = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        output_ND = self._stage.run(hidden_ND, segments, batch.blocks)
+        output = to_memory(output_ND)
+        row_bytes = output.nbytes // start
+        return [output[segment.start * row_bytes : segment.end * row_bytes] for segment in segments]
+
+    def measure_block_time_s(self, repeats: int = 5) -> float:
+        """Median seconds one block takes for one new token, measured on the real layers."""
+        hidden_1D = torch.zeros(1, self.hidden_size)
+        cache = KVCache(repeats + 1)
+        times: list[float] = []
+        for position in range(repeats + 1):
+            started = time.perf_counter()
+            self._stage.run(hidden_1D, [Segment(cache, position, 0, 1)])
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:]) / len(self.blocks)
