@@ -39,7 +39,7 @@ def pack_linears(root: nn.Module) -> int:
             if type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child.weight, child.bias))
             elif type(child) is Conv1D:  # GPT-2 keeps its weights transposed
-                setattr(parent, name, PackedLinear(child.weight.t(), child.bias))
+                setattr(parent, name, PackedLinear(child.weight.t(), child.bias))  # type: ignore[operator, arg-type]
             else:
                 continue
             packed += 1

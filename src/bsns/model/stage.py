@@ -103,7 +103,7 @@ class Stage:
             self._views[BlockRange(0, 1)] = kept
         if not torch.equal(untouched, probe):
             raise UnsupportedModel(
-                f"{type(self._base).__name__} changes activations outside its blocks; it needs a row in model/families.py"
+                f"{type(self._base).__name__} changes activations outside its blocks and cannot be cut yet"
             )
         ragged = Ragged([segment])
         self._forward(probe, ragged, self.blocks)
@@ -146,7 +146,7 @@ def load_cut(
     cut_class = type(whole.__name__, (whole,), namespace)
     try:
         with quiet_library():
-            model, report = cut_class.from_pretrained(
+            model, report = cut_class.from_pretrained(  # type: ignore[attr-defined]
                 path, config=copy.deepcopy(config), dtype=dtype, local_files_only=True, output_loading_info=True
             )
     except UnsupportedModel:
@@ -157,7 +157,7 @@ def load_cut(
         missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CorruptModel(f"{path} lacks {len(missing)} tensors of this architecture, first {missing[0]}")
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def model_class(config: PreTrainedConfig, auto: Any) -> type[PreTrainedModel]:

@@ -22,4 +22,4 @@ def to_tensor(data: Buffer, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 def to_memory(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, C order; shares memory with a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

@@ -3,8 +3,8 @@
 Every batch takes the waiting short steps (decoding) first and then as many prompt chunks as fit, so that a long prompt
 delays nobody by more than one chunk. A session is in a batch at most once, in order.
 
-On a route of several stages the batch is cut so that every stage has one: if all sessions stepped in one batch, one stage
-would work while the others wait for it. With S sessions stepping through D stages a batch takes at most ⌈S / D⌉ of them.
+On a route of several stages the batch is cut so that every stage has one: if all sessions stepped in one batch, one
+stage would work while the others wait. With S sessions stepping through D stages a batch takes at most ⌈S / D⌉ of them.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class Worker:
     async def _open(self, stream: Stream, message: Open) -> None:
         try:
             session = self.sessions.open(message, stream.peer, self._now_s())
-            self._clients.setdefault(stream.peer, stream)
+            self._clients[stream.peer] = stream
             self._executor.open(session.id, session.max_tokens)
             try:
                 if session.next is not None:
@@ -145,13 +145,12 @@ class Worker:
             await self._report(stream, message.session, error)
 
     async def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
-        """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for the whole frame."""
-        if not 1 <= len(message.parts) <= MAX_PARTS:
-            raise BadFrame(f"a step of {len(message.parts)} parts; 1 to {MAX_PARTS} are allowed")
+        """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for a whole frame."""
+        if not 1 <= len(message.parts) <= MAX_PARTS or any(part.rows < 1 for part in message.parts):
+            raise BadFrame(f"a step of {len(message.parts)} parts; 1 to {MAX_PARTS} of at least a row each are allowed")
         rows = sum(part.rows for part in message.parts)
         hidden, dtype = self._executor.hidden_size, self._executor.dtype
-        expected = TensorSpec.raw("hidden", dtype, (rows, hidden)) if rows >= 0 else None
-        if len(message.tensors) != 1 or message.tensors[0] != expected:
+        if message.tensors != (TensorSpec.raw("hidden", dtype, (rows, hidden)),):
             raise BadTensor(f"a step carries one tensor 'hidden' of shape ({rows}, {hidden}) in {dtype}")
         row_bytes = hidden * DTYPE_BYTES[dtype]
         now_s = self._now_s()
@@ -165,7 +164,7 @@ class Worker:
             else:
                 body = buffers[0][offset * row_bytes : (offset + part.rows) * row_bytes]
                 accepted.append(Work(session, part, body, now_s))
-            offset += max(part.rows, 0)
+            offset += part.rows
         with self._awake:
             for work in accepted:
                 self._batcher.add(work)

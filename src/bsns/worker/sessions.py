@@ -28,7 +28,7 @@ class Session:
 
 
 class SessionTable:
-    """All sessions of a stage. Capacity is reserved when a session opens, so that no running session is ever evicted."""
+    """All sessions of a stage. Capacity is reserved when one opens, so that no running session is ever evicted."""
 
     def __init__(
         self,
