@@ -18,6 +18,8 @@ DEFAULT_LATENCY_S = 0.001
 
 # Costs are whole picoseconds, so that equal ones compare equal whatever the order in which they were summed.
 _PER_SECOND = 10**12
+# How many cases to look at: beyond any real swarm's need, and a bound on what contrived records can cost.
+_MAX_CASES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,12 @@ def shortest_chain(
     needed_tokens: int,
     avoid: Collection[PeerId] = (),
 ) -> Route:
-    """The chain over blocks 0:block_count that takes one token least time, each node used once; exact.
+    """The chain over blocks 0:block_count that takes one token least time, each node used once.
 
     Time is Σ blocks · block_time_s plus, for each hop, half the round trip to its peer. Ties go to fewer hops, then to
     more cache left on the fullest node. Nodes take part that serve, are not avoided and have room for
-    `needed_tokens`. Raises MissingBlocks, or CacheFull if only room is missing.
+    `needed_tokens`. Exact, unless some 70 splits around nodes that a walk comes back to do not settle it; then the
+    best chain found. Raises MissingBlocks, or CacheFull if only room is missing.
     """
     nodes = {r.peer: r for r in records if r.state == "serving" and r.peer not in avoid and _timed(r)}
     roomy = [r for r in nodes.values() if r.cache_tokens_left >= needed_tokens]
@@ -55,15 +58,17 @@ def shortest_chain(
     # once. So the best walk is split into cases until one is a chain: around a block in such a gap, the node works
     # only before it, only after it, or is the one that computes it.
     whole = {r.peer: (r.start, min(r.end, block_count)) for r in roomy}
+    held = {r.peer: r for r in roomy}
     order = count()
     cases = [_case(next(order), roomy, block_count, latencies, whole, {})]
+    best = _straightened(cases[0][2])
     while cases:
-        _, _, walk, ranges, pinned = heapq.heappop(cases)
-        hops = [(peer, BlockRange(blocks[0], blocks[-1] + 1)) for peer, blocks in _runs(walk)]
+        cost, number, walk, ranges, pinned = heapq.heappop(cases)
+        hops = _hops(walk)
+        best = min(best, _straightened(walk), key=lambda chain: _cost(chain, held, latencies))
         again = _revisited(hops)
-        if again is None:
-            addresses = {r.peer: r.addresses for r in roomy}
-            return tuple(Hop(peer, blocks, addresses[peer]) for peer, blocks in hops)
+        if again is None or number > _MAX_CASES or cost >= _cost(best, held, latencies):
+            break
         peer, gap = again
         start, end = ranges[peer]
         for narrowed, fixed in (
@@ -74,9 +79,10 @@ def shortest_chain(
             case = _case(next(order), roomy, block_count, latencies, narrowed, fixed)
             if case[2]:
                 heapq.heappush(cases, case)
-    raise MissingBlocks(f"no chain of distinct nodes covers blocks 0:{block_count}")
+    return tuple(Hop(peer, blocks, held[peer].addresses) for peer, blocks in best)
 
 
+_Chain = list[tuple[PeerId, BlockRange]]
 _Cost = tuple[int, int, int]
 """Picoseconds, hops, and the least cache left on the way, negated: less is better in each."""
 _Ranges = dict[PeerId, tuple[int, int]]
@@ -92,10 +98,9 @@ def _case(
     pinned: dict[int, PeerId],
 ) -> _Case:
     """The best walk within `ranges` and `pinned` (who must compute a block), as the peer of each block; [] if none."""
-    best: tuple[_Cost, list[PeerId]] = ((0, 0, -(2**63)), [])
     # For each node that computed the block before: the best walk that ends there, as links back.
     reached: dict[PeerId, tuple[_Cost, object]] = {}
-    done: tuple[_Cost, object] | None = (best[0], None)
+    done: tuple[_Cost, object] | None = ((0, 0, -(2**63)), None)
     for block in range(block_count):
         ahead: dict[PeerId, tuple[_Cost, object]] = {}
         for node in nodes:
@@ -127,9 +132,29 @@ def _unlinked(link: object) -> Iterator[PeerId]:
         link = link[1]
 
 
-def _runs(walk: Sequence[PeerId]) -> Iterator[tuple[PeerId, list[int]]]:
+def _hops(walk: Sequence[PeerId]) -> _Chain:
+    """The hops of a walk given as the peer of each block."""
+    hops: _Chain = []
     for peer, run in groupby(range(len(walk)), key=lambda block: walk[block]):
-        yield peer, list(run)
+        blocks = list(run)
+        hops.append((peer, BlockRange(blocks[0], blocks[-1] + 1)))
+    return hops
+
+
+def _straightened(walk: Sequence[PeerId]) -> _Chain:
+    """A chain made of a walk: a node it comes back to keeps what lies between, which its range covers."""
+    straight = list(walk)
+    block = 0
+    while block < len(straight):
+        last = len(straight) - 1 - straight[::-1].index(straight[block])
+        straight[block : last + 1] = [straight[block]] * (last + 1 - block)
+        block = last + 1
+    return _hops(straight)
+
+
+def _cost(chain: _Chain, held: Mapping[PeerId, NodeRecord], latencies: Mapping[PeerId, int]) -> _Cost:
+    spent = sum(latencies[peer] + len(blocks) * _picoseconds(held[peer].block_time_s) for peer, blocks in chain)
+    return spent, len(chain), -min(held[peer].cache_tokens_left for peer, _ in chain)
 
 
 def _revisited(hops: Sequence[tuple[PeerId, BlockRange]]) -> tuple[PeerId, int] | None:

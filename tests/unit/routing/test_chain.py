@@ -106,3 +106,12 @@ def test_cache_full_says_how_much_is_left() -> None:
 @pytest.mark.parametrize("time_s", [float("nan"), float("inf"), -1.0])
 def test_impossible_times_are_not_believed(time_s: float) -> None:
     assert walk(chain(record("a", 0, 6), record("b", 0, 6, block_time_s=time_s))) == [("a", "0:6")]
+
+
+def test_contrived_records_still_give_a_chain() -> None:
+    # Three slow nodes with everything and eight fast islands: the walks that come back are thousands.
+    slow = [record(f"s{n}", 0, 80, block_time_s=0.01 + n / 1000) for n in range(3)]
+    islands = [record(f"i{n}", 10 * n, 10 * n + 6) for n in range(8)]
+    route = shortest_chain([*slow, *islands], 80, round_trip_s={}, needed_tokens=1)
+    assert [block for hop in route for block in hop.blocks] == list(range(80))
+    assert len({hop.peer for hop in route}) == len(route) == 6
