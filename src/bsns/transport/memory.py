@@ -1,0 +1,211 @@
+"""Peers of one process joined by byte queues: the transport of tests and of the simulator.
+
+Every frame is really encoded and decoded, so the protocol's limits hold here as they do on a network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from bsns.core.errors import BsnsError, PeerLost, PeerUnreachable
+from bsns.core.ids import PeerId
+from bsns.protocol.frames import Buffer, Message, encode
+from bsns.transport.framing import FrameReader
+from bsns.transport.port import Handler
+
+log = logging.getLogger(__name__)
+
+PIPE_BYTES = 512 * 1024
+"""A sender waits while about twice this much lies unread."""
+
+
+class _Gate(asyncio.ReadTransport):
+    """Stands where a StreamReader expects its socket, and turns its back-pressure into an event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = asyncio.Event()
+        self.open.set()
+
+    def pause_reading(self) -> None:
+        self.open.clear()
+
+    def resume_reading(self) -> None:
+        self.open.set()
+
+
+class _Pipe:
+    """One direction of a stream: bytes in at one end, frames out at the other."""
+
+    def __init__(self, sender: PeerId) -> None:
+        self._reader = asyncio.StreamReader(limit=PIPE_BYTES)
+        self._gate = _Gate()
+        self._reader.set_transport(self._gate)
+        self.frames = FrameReader(self._reader, sender)
+        self.closed = False
+
+    async def write(self, data: bytes) -> None:
+        if data:
+            self._reader.feed_data(data)
+        await self._gate.open.wait()
+
+    def close(self, *, lost: bool = False) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if lost:
+            self._reader.set_exception(ConnectionResetError())
+        else:
+            self._reader.feed_eof()
+        self._gate.open.set()
+
+
+class MemoryStream:
+    """One end of a stream between two peers of a MemoryNetwork (transport.port.Stream)."""
+
+    def __init__(self, peer: PeerId, inbound: _Pipe, outbound: _Pipe) -> None:
+        self._peer = peer
+        self._inbound = inbound
+        self._outbound = outbound
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Raises PeerLost or FrameTooLarge; waits while the peer has about 1 MiB unread."""
+        await self.send_bytes(b"".join(encode(message, buffers)))
+
+    async def send_bytes(self, data: bytes) -> None:
+        """Raw bytes in place of a frame: how tests play a hostile peer. Raises PeerLost."""
+        if self._outbound.closed:
+            raise PeerLost(f"the stream to {self._peer} is closed")
+        await self._outbound.write(data)
+
+    async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
+        """Raises PeerLost or a ProtocolError."""
+        return await self._inbound.frames.receive(max_body_bytes)
+
+    async def close(self) -> None:
+        """The peer still reads what was sent before, then finds the stream ended."""
+        self._outbound.close()
+        self._inbound.close(lost=True)
+
+    def cut(self) -> None:
+        """End both directions at once, losing what is under way."""
+        self._outbound.close(lost=True)
+        self._inbound.close(lost=True)
+
+
+class MemoryTransport:
+    """One peer of a MemoryNetwork (transport.port.Transport)."""
+
+    def __init__(self, network: MemoryNetwork, peer: PeerId) -> None:
+        self._network = network
+        self._peer = peer
+        self.handler: Handler | None = None
+        self.streams: list[MemoryStream] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return (f"/memory/p2p/{self._peer}",)
+
+    async def dial(self, peer: PeerId, addresses: Sequence[str] = (), *, deadline_s: float = 5.0) -> MemoryStream:
+        """Raises PeerUnreachable unless the peer is alive, connected with this one, and listens."""
+        await asyncio.sleep(0)
+        there = self._network.reach(self._peer, peer)
+        if there is None or there.handler is None:
+            raise PeerUnreachable(f"{peer} does not answer")
+        forth, back = _Pipe(self._peer), _Pipe(peer)
+        near = MemoryStream(peer, inbound=back, outbound=forth)
+        self.streams.append(near)
+        there.accept(MemoryStream(self._peer, inbound=forth, outbound=back), there.handler)
+        return near
+
+    def accept(self, stream: MemoryStream, handler: Handler) -> None:
+        async def serve() -> None:
+            try:
+                await handler(stream)
+            except BsnsError as error:
+                log.debug("the stream from %s ended: %s", stream.peer, error)
+            except Exception:
+                log.exception("the handler of a stream from %s failed", stream.peer)
+            finally:
+                await stream.close()
+
+        self.streams.append(stream)
+        task = asyncio.create_task(serve())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def listen(self, handler: Handler) -> None:
+        self.handler = handler
+
+    async def close(self) -> None:
+        self._network.forget(self._peer)
+        self.handler = None
+        for stream in self.streams:
+            await stream.close()
+        self.streams.clear()
+        await self._stop_handlers()
+
+    async def _stop_handlers(self) -> None:
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def die(self) -> None:
+        """Vanish as a killed process does: no goodbye, streams cut, handlers stopped."""
+        self.handler = None
+        for stream in self.streams:
+            stream.cut()
+        for task in self._tasks:
+            task.cancel()
+
+
+class MemoryNetwork:
+    """All the peers that can reach each other; cuts and kills are made here."""
+
+    def __init__(self) -> None:
+        self._peers: dict[PeerId, MemoryTransport] = {}
+        self._cut: set[frozenset[PeerId]] = set()
+
+    def transport(self, peer: PeerId | str) -> MemoryTransport:
+        """A new peer of the given id."""
+        transport = MemoryTransport(self, PeerId(peer))
+        self._peers[transport.peer] = transport
+        return transport
+
+    def reach(self, source: PeerId, target: PeerId) -> MemoryTransport | None:
+        """The transport `source` finds when it dials `target`; None if dead, unknown or cut off."""
+        return None if frozenset((source, target)) in self._cut else self._peers.get(target)
+
+    def forget(self, peer: PeerId) -> None:
+        self._peers.pop(peer, None)
+
+    def kill(self, peer: PeerId) -> None:
+        """Kill a peer: whoever shares a stream with it sees PeerLost, whoever dials it PeerUnreachable."""
+        transport = self._peers.pop(peer, None)
+        if transport is not None:
+            transport.die()
+
+    def cut(self, one: PeerId, other: PeerId) -> None:
+        """Part two peers: their streams are lost and new ones are refused until `heal`."""
+        self._cut.add(frozenset((one, other)))
+        for near, far in ((one, other), (other, one)):
+            transport = self._peers.get(near)
+            for stream in transport.streams if transport is not None else ():
+                if stream.peer == far:
+                    stream.cut()
+
+    def heal(self, one: PeerId, other: PeerId) -> None:
+        """Undo `cut` for streams opened from now on."""
+        self._cut.discard(frozenset((one, other)))
