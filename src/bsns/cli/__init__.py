@@ -1,0 +1,1 @@
+"""The `bsns` command, one file per verb."""

@@ -151,7 +151,11 @@ def load_cut(
             )
     except UnsupportedModel:
         raise
-    except Exception as error:
+    except KeyError as error:
+        if error.args == (attention.NAME,):
+            raise UnsupportedModel(f"{whole.__name__} does not use the library's attention interface") from error
+        raise CorruptModel(f"{path} cannot be loaded: no {error}") from error
+    except Exception as error:  # the library raises whatever its readers raise
         raise CorruptModel(f"{path} cannot be loaded: {_first_line(error)}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))

@@ -40,7 +40,20 @@ MAX_TENSORS = 16
 MAX_DIMENSIONS = 4
 
 Message = (
-    Hello | Welcome | Refusal | Open | Opened | Step | Result | Failure | Close | Closed | Ping | Pong | Describe | Description
+    Hello
+    | Welcome
+    | Refusal
+    | Open
+    | Opened
+    | Step
+    | Result
+    | Failure
+    | Close
+    | Closed
+    | Ping
+    | Pong
+    | Describe
+    | Description
 )
 Buffer = bytes | bytearray | memoryview
 

@@ -1,0 +1,291 @@
+"""A prompt's way to a streamed answer: route, session, prompt chunks, then turn after turn until the last token."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from bsns.client.decoder import Answer, Arrived, Decoder, Turned
+from bsns.client.detokenize import Detokenizer, StopMatcher
+from bsns.client.links import Dial, Link, Links
+from bsns.client.prompts import Prompts
+from bsns.client.sampling import SamplingOptions
+from bsns.client.session import Session
+from bsns.core.errors import BadOption, BsnsError, PeerError, PeerFailed, PeerTimedOut, PromptTooLong
+from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.model.ends import Ends
+from bsns.protocol.inference import Part, Step
+from bsns.protocol.tensors import TensorSpec
+from bsns.routing.chain import Route
+
+CHUNK_ROWS = 128
+"""Prompt tokens per step: small enough that stages work on different chunks at once, large enough to fill a product."""
+
+T = TypeVar("T")
+
+FindRoute = Callable[[int, Collection[PeerId]], Awaitable[Route]]
+"""Chooses a route with room for so many tokens, avoiding these peers. Raises MissingBlocks, CacheFull."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a stream yields: new text, and with the last piece why it ended (`stop` or `length`)."""
+
+    text: str
+    token: int | None
+    finished: str | None = None
+
+
+@dataclass(slots=True)
+class Stats:
+    """What one answer cost. Times in milliseconds; per-hop lists hold one entry per stage of the route."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    ttft_ms: float = 0.0
+    decode_s: float = 0.0
+    """From the first token to the last."""
+    route: Route = ()
+    turns_ms: list[tuple[float, tuple[tuple[float, float], ...]]] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed, without the time to the first token; 0 for answers of a single token."""
+        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s > 0 else 0.0
+
+    def own_ms_per_hop(self) -> list[float]:
+        """For each decoding step our own time per hop: everything between two turns but the stages' computing."""
+        return [
+            (total - sum(compute for _, compute in hops)) / (len(hops) + 1) for total, hops in self.turns_ms[1:] if hops
+        ]
+
+
+class _Listening:
+    """One answer's end of the client: what the loop has heard for it."""
+
+    def __init__(self, session: Session, answer: Answer) -> None:
+        self.session = session
+        self.answer = answer
+        self.heard: asyncio.Queue[Turned | Exception] = asyncio.Queue()
+
+
+class _Rows:
+    """A caller that wants a step's rows themselves."""
+
+    def __init__(self) -> None:
+        self.heard: asyncio.Queue[memoryview | Exception] = asyncio.Queue()
+
+
+class Generator:
+    """Answers prompts over a swarm: many at once, each on its own session."""
+
+    def __init__(
+        self,
+        ends: Ends,
+        prompts: Prompts,
+        dial: Dial,
+        find_route: FindRoute,
+        *,
+        model: ModelId,
+        dtype: str,
+        context_tokens: int,
+        threads: int = 1,
+        deadline_s: float = 20.0,
+    ) -> None:
+        self.prompts = prompts
+        self.context_tokens = context_tokens
+        self._model = model
+        self._dtype = dtype
+        self._hidden_size = ends.hidden_size
+        self._find_route = find_route
+        self._deadline_s = deadline_s
+        self._links = Links(dial, self._on_results, self._on_failure, self._on_lost)
+        self._decoder = Decoder(
+            ends, dtype=dtype, threads=threads, on_turned=self._on_turned, on_failed=self._on_decoder_failed
+        )
+        self._listening: dict[SessionId, _Listening | _Rows] = {}
+        self._sessions: dict[SessionId, Session] = {}
+        self._of_answer: dict[int, _Listening] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def links(self) -> Links:
+        return self._links
+
+    async def stream(
+        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats | None = None
+    ) -> AsyncGenerator[Piece, None]:
+        """The answer to a tokenised prompt, piece by piece.
+
+        Raises PromptTooLong before anything is sent; afterwards whatever the swarm could not repair, as a typed error
+        in the stream, at the latest one deadline after its last token.
+        """
+        stats = stats if stats is not None else Stats()
+        if not tokens:
+            raise BadOption("the prompt is empty; give at least one token")
+        room = self.context_tokens - len(tokens)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(tokens)} tokens, the model's context holds {self.context_tokens}; shorten it"
+            )
+        max_tokens = min(options.max_tokens, room)
+        answer = Answer(options, self.prompts.end_tokens, list(tokens), len(tokens), max_tokens)
+        started_s = first_s = time.perf_counter()
+        session = await self._open(len(tokens) + max_tokens)
+        stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
+        listening = _Listening(session, answer)
+        self._listening[session.id] = listening
+        self._of_answer[id(answer)] = listening
+        try:
+            answer.sent_s = time.perf_counter()
+            await self._prefill(session, tokens, wanted_last=1)
+            detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
+            while True:
+                turned = await self._hear(listening.heard, session)
+                now_s = time.perf_counter()
+                stats.tokens += 1
+                if stats.tokens == 1:
+                    stats.ttft_ms, first_s = (now_s - started_s) * 1e3, now_s
+                stats.decode_s = now_s - first_s
+                text = detokenizer.push(turned.token) if turned.token not in answer.end_tokens else ""
+                if turned.finished:
+                    text += detokenizer.flush()
+                text, stopped = matcher.push(text)
+                if stopped:
+                    yield Piece(text, turned.token, "stop")
+                    return
+                if turned.finished:
+                    yield Piece(text + matcher.flush(), turned.token, turned.finished)
+                    return
+                yield Piece(text, turned.token)
+        finally:
+            del self._listening[session.id], self._of_answer[id(answer)], self._sessions[session.id]
+            self._spawn(session.close())
+
+    async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
+        """Logits (rows, vocabulary) for every position of a text, chunk by chunk. Raises as `stream` does."""
+        if len(tokens) > self.context_tokens:
+            raise PromptTooLong(f"{len(tokens)} tokens do not fit the model's context of {self.context_tokens}")
+        session = await self._open(len(tokens))
+        rows = _Rows()
+        self._listening[session.id] = rows
+        try:
+            for start in range(0, len(tokens), CHUNK_ROWS):
+                chunk = tokens[start : start + CHUNK_ROWS]
+                hidden = await self._decoder.embed(chunk, start)
+                await self._send(session.first, [(session.id, start, len(chunk), len(chunk), hidden)])
+                yield await self._decoder.logits(await self._hear(rows.heard, session), len(chunk))
+        finally:
+            del self._listening[session.id], self._sessions[session.id]
+            self._spawn(session.close())
+
+    async def close(self) -> None:
+        """Close every link, which frees every session on every stage."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._links.close()
+        await self._decoder.close()
+
+    async def _open(self, max_tokens: int, tries: int = 3) -> Session:
+        """A session on the best route; a peer that refuses or does not answer is avoided in the next try."""
+        avoid: set[PeerId] = set()
+        while True:
+            route = await self._find_route(max_tokens, avoid)
+            session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
+            try:
+                await session.open(self._deadline_s)
+            except PeerError as error:
+                tries -= 1
+                blamed = {hop.peer for hop in route if hop.peer in error.message} or {hop.peer for hop in route}
+                if tries == 0 or blamed <= avoid:
+                    raise
+                avoid |= blamed
+            else:
+                self._sessions[session.id] = session
+                return session
+
+    async def _prefill(self, session: Session, tokens: Sequence[int], *, wanted_last: int) -> None:
+        """Send a prompt in chunks without waiting between them, so that the stages work on different chunks at once."""
+        for start in range(0, len(tokens), CHUNK_ROWS):
+            chunk = tokens[start : start + CHUNK_ROWS]
+            wanted = wanted_last if start + len(chunk) == len(tokens) else 0
+            hidden = await self._decoder.embed(chunk, start)
+            await self._send(session.first, [(session.id, start, len(chunk), wanted, hidden)])
+
+    async def _hear(self, heard: asyncio.Queue[T | Exception], session: Session) -> T:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                item = await heard.get()
+        except TimeoutError:
+            peers = ", ".join(hop.peer for hop in session.route)
+            raise PeerTimedOut(f"no token came back within {self._deadline_s:g} s over {peers}") from None
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def _send(self, link: Link, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> None:
+        parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)
+        rows = sum(part.rows for part in parts)
+        tensors = (TensorSpec.raw("hidden", self._dtype, (rows, self._hidden_size)),)
+        await link.send(Step(parts, tensors), [hidden for *_, hidden in steps])
+
+    def _on_results(self, peer: PeerId, results: list[tuple[Part, memoryview]]) -> None:
+        arrived: list[Arrived] = []
+        for part, hidden in results:
+            listening = self._listening.get(part.session)
+            if listening is None or not part.wanted:
+                continue  # closed meanwhile, or the echo of a prompt chunk
+            if isinstance(listening, _Rows):
+                listening.heard.put_nowait(hidden)
+            elif part.position + part.rows == len(listening.answer.tokens):
+                arrived.append(Arrived(listening.answer, hidden, part.hops))
+        if arrived:
+            self._decoder.submit(arrived)
+
+    def _on_turned(self, turned: list[Turned]) -> None:
+        """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""
+        groups: defaultdict[Link, list[tuple[SessionId, int, int, int, memoryview]]] = defaultdict(list)
+        for item in turned:
+            listening = self._of_answer.get(id(item.answer))
+            if listening is None:
+                continue  # its reader has gone
+            if item.hidden is not None:
+                session = listening.session
+                groups[session.first].append((session.id, len(item.answer.tokens) - 1, 1, 1, item.hidden))
+            listening.heard.put_nowait(item)
+        for link, steps in groups.items():
+            self._spawn(self._send_turn(link, steps))
+
+    async def _send_turn(self, link: Link, steps: list[tuple[SessionId, int, int, int, memoryview]]) -> None:
+        try:
+            await self._send(link, steps)
+        except BsnsError as error:
+            for session, *_ in steps:
+                self._on_failure(session, error)
+
+    def _on_decoder_failed(self, answers: list[Answer], error: Exception) -> None:
+        failure = error if isinstance(error, BsnsError) else PeerFailed(f"choosing a token failed: {error!r}")
+        for answer in answers:
+            listening = self._of_answer.get(id(answer))
+            if listening is not None:
+                listening.heard.put_nowait(failure)
+
+    def _on_failure(self, session: SessionId, error: BsnsError) -> None:
+        listening = self._listening.get(session)
+        if listening is not None:
+            listening.heard.put_nowait(error)
+
+    def _on_lost(self, peer: PeerId, error: BsnsError) -> None:
+        for id_, session in self._sessions.items():
+            if any(hop.peer == peer for hop in session.route):
+                self._on_failure(id_, error)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,206 @@
+"""Links: one stream to each node a client talks to, and who is waiting for what on it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from bsns.core.errors import BadFrame, BsnsError, PeerLost, PeerTimedOut, ProtocolError, error_from_wire
+from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.frames import Buffer, Message
+from bsns.protocol.greeting import Refusal
+from bsns.protocol.inference import (
+    Close,
+    Closed,
+    Describe,
+    Description,
+    Failure,
+    Open,
+    Opened,
+    Part,
+    Ping,
+    Pong,
+    Result,
+)
+from bsns.transport.port import Stream
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+Dial = Callable[[PeerId, Sequence[str]], Awaitable[Stream]]
+"""Opens a stream to a peer and greets it; raises PeerError or ProtocolError within a deadline of its own."""
+OnResults = Callable[[PeerId, list[tuple[Part, memoryview]]], None]
+"""Takes a frame's results: for each part its rows' bytes."""
+OnFailure = Callable[[SessionId, BsnsError], None]
+OnLost = Callable[[PeerId, BsnsError], None]
+
+
+class Link:
+    """One stream to one node, with a task that reads it."""
+
+    def __init__(self, stream: Stream, on_results: OnResults, on_failure: OnFailure, on_lost: OnLost) -> None:
+        self.peer = stream.peer
+        self._stream = stream
+        self._on_results = on_results
+        self._on_failure = on_failure
+        self._on_lost = on_lost
+        self._opening: dict[SessionId, asyncio.Future[int]] = {}
+        self._closing: dict[SessionId, asyncio.Future[int]] = {}
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._descriptions: list[asyncio.Future[Description]] = []
+        self._nonces = itertools.count()
+        self.lost: BsnsError | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Raises PeerLost."""
+        await self._stream.send(message, buffers)
+
+    async def open(self, message: Open, deadline_s: float) -> int:
+        """Open a session; how many tokens of cache the node has left. Raises what the node answers, or PeerTimedOut."""
+        return await self._ask(self._opening, message.session, message, deadline_s)
+
+    async def close_session(self, session: SessionId, deadline_s: float) -> int:
+        """Close a session; how many tokens of cache the node has left. Raises PeerTimedOut, PeerLost."""
+        return await self._ask(self._closing, session, Close(session), deadline_s)
+
+    async def ping(self, deadline_s: float = 2.0) -> float:
+        """Round-trip time in seconds. Raises PeerTimedOut, PeerLost."""
+        nonce = next(self._nonces)
+        started_s = time.perf_counter()
+        await self._ask(self._pings, nonce, Ping(nonce), deadline_s)
+        return time.perf_counter() - started_s
+
+    async def describe(self, deadline_s: float = 2.0) -> Description:
+        """The node's present numbers. Raises PeerTimedOut, PeerLost."""
+        future: asyncio.Future[Description] = asyncio.get_running_loop().create_future()
+        self._descriptions.append(future)
+        return await self._wait(future, Describe(), deadline_s)
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await self._stream.close()
+
+    async def _ask(self, waiting: dict[K, asyncio.Future[T]], key: K, message: Message, deadline_s: float) -> T:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        waiting[key] = future
+        try:
+            return await self._wait(future, message, deadline_s)
+        finally:
+            waiting.pop(key, None)
+
+    async def _wait(self, future: asyncio.Future[T], message: Message, deadline_s: float) -> T:
+        if self.lost is not None:
+            raise self.lost
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._stream.send(message)
+                return await future
+        except TimeoutError:
+            raise PeerTimedOut(
+                f"node {self.peer} did not answer {type(message).__name__} within {deadline_s:g} s"
+            ) from None
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message, buffers = await self._stream.receive()
+                self._take(message, buffers)
+        except BsnsError as error:
+            self._lose(error)
+
+    def _take(self, message: Message, buffers: Sequence[memoryview]) -> None:
+        match message:
+            case Result():
+                self._on_results(self.peer, split_rows(message, buffers))
+            case Failure():
+                error = error_from_wire(message.code, message.message)
+                opening = self._opening.get(message.session)
+                if opening is not None:
+                    _fail(opening, error)
+                else:
+                    self._on_failure(message.session, error)
+            case Opened():
+                _settle(self._opening.get(message.session), message.cache_tokens_left)
+            case Closed():
+                _settle(self._closing.get(message.session), message.cache_tokens_left)
+            case Pong():
+                _settle(self._pings.get(message.nonce), None)
+            case Description():
+                if self._descriptions:
+                    _settle(self._descriptions.pop(0), message)
+            case Refusal():
+                raise error_from_wire(message.code, message.message)
+            case _:
+                raise BadFrame(f"a client does not take {type(message).__name__}")
+
+    def _lose(self, error: BsnsError) -> None:
+        if isinstance(error, ProtocolError):
+            error = PeerLost(f"node {self.peer} broke the protocol: {error.message}")
+        self.lost = error
+        waiting: list[asyncio.Future[Any]] = [
+            *self._opening.values(),
+            *self._closing.values(),
+            *self._pings.values(),
+            *self._descriptions,
+        ]
+        for future in waiting:
+            _fail(future, error)
+        self._on_lost(self.peer, error)
+
+
+def split_rows(message: Result, buffers: Sequence[memoryview]) -> list[tuple[Part, memoryview]]:
+    """Each part of a result with its rows' bytes. Raises BadFrame if the tensor does not have the parts' rows."""
+    if len(message.tensors) != 1 or any(part.wanted < 0 for part in message.parts):
+        raise BadFrame("a result carries one tensor 'hidden'")
+    rows = sum(part.wanted for part in message.parts)
+    shape = message.tensors[0].shape
+    if len(shape) != 2 or shape[0] != rows:
+        raise BadFrame(f"a result of {rows} rows came with a tensor of shape {shape}")
+    row_bytes = buffers[0].nbytes // rows if rows else 0
+    pieces: list[tuple[Part, memoryview]] = []
+    offset = 0
+    for part in message.parts:
+        end = offset + part.wanted * row_bytes
+        pieces.append((part, buffers[0][offset:end]))
+        offset = end
+    return pieces
+
+
+class Links:
+    """A client's links, opened when first needed. A lost link is forgotten, so that the next use dials anew."""
+
+    def __init__(self, dial: Dial, on_results: OnResults, on_failure: OnFailure, on_lost: OnLost) -> None:
+        self._dial = dial
+        self._on_results = on_results
+        self._on_failure = on_failure
+        self._on_lost = on_lost
+        self._links: dict[PeerId, Link] = {}
+        self._locks: dict[PeerId, asyncio.Lock] = {}
+
+    async def to(self, peer: PeerId, addresses: Sequence[str] = ()) -> Link:
+        """The link to a peer. Raises PeerError or ProtocolError if none can be had."""
+        async with self._locks.setdefault(peer, asyncio.Lock()):
+            link = self._links.get(peer)
+            if link is None or link.lost is not None:
+                stream = await self._dial(peer, addresses)
+                link = self._links[peer] = Link(stream, self._on_results, self._on_failure, self._on_lost)
+            return link
+
+    async def close(self) -> None:
+        links, self._links = list(self._links.values()), {}
+        await asyncio.gather(*(link.close() for link in links))
+
+
+def _settle(future: asyncio.Future[T] | None, value: T) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
+
+
+def _fail(future: asyncio.Future[T], error: BsnsError) -> None:
+    if not future.done():
+        future.set_exception(error)

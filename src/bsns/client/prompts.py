@@ -1,0 +1,51 @@
+"""Text to tokens: the model's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from bsns.core.errors import BadOption, CorruptModel
+from bsns.model.stage import quiet_library
+
+
+class Prompts:
+    """A model's tokenizer, its chat template and the tokens that end an answer."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CorruptModel if the directory has no usable tokenizer."""
+        try:
+            with quiet_library():
+                self.tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise CorruptModel(f"{path} has no usable tokenizer: {str(error).splitlines()[0]}") from error
+        self.end_tokens = frozenset(_end_tokens(path, self.tokenizer))
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text, with whatever the tokenizer puts before it (for example a beginning-of-text token)."""
+        tokens: list[int] = self.tokenizer(text)["input_ids"]
+        return tokens
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Messages with `role` and `content`, through the chat template. Raises BadOption if the model has none."""
+        if not self.tokenizer.chat_template:
+            raise BadOption("this model has no chat template; use plain text (bsns generate --raw)")
+        tokens: list[int] = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        return tokens
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+
+def _end_tokens(path: Path, tokenizer: Any) -> set[int]:
+    ends = {tokenizer.eos_token_id}
+    if (path / "generation_config.json").is_file():
+        declared = GenerationConfig.from_pretrained(path).eos_token_id
+        ends.update(declared if isinstance(declared, list) else [declared])
+    return {end for end in ends if end is not None}

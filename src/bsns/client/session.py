@@ -1,0 +1,79 @@
+"""One session on a route: opened on every stage at once, stepped through the first, heard from the last."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+
+import structlog
+
+from bsns.client.links import Link, Links
+from bsns.core.errors import BsnsError
+from bsns.core.ids import ModelId, SessionId
+from bsns.protocol.inference import Open
+from bsns.routing.chain import Route
+
+log = structlog.get_logger(__name__)
+
+
+class Session:
+    """A reservation of `max_tokens` of KV cache on every stage of a route."""
+
+    def __init__(self, links: Links, route: Route, *, model: ModelId, dtype: str, max_tokens: int) -> None:
+        self.id = SessionId(secrets.randbits(63))
+        self.route = route
+        self.max_tokens = max_tokens
+        self._links = links
+        self._model = model
+        self._dtype = dtype
+        self._open: list[Link] = []
+
+    @property
+    def first(self) -> Link:
+        """Where steps enter the route."""
+        return self._open[0]
+
+    async def open(self, deadline_s: float = 10.0) -> None:
+        """Open the session on every stage. Raises the first stage's error; nothing stays open then."""
+        results = await asyncio.gather(
+            *(self._open_stage(index, deadline_s) for index in range(len(self.route))), return_exceptions=True
+        )
+        self._open = [result for result in results if isinstance(result, Link)]
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            await self.close()
+            raise errors[0]
+
+    async def _open_stage(self, index: int, deadline_s: float) -> Link:
+        hop = self.route[index]
+        onward = self.route[index + 1] if index + 1 < len(self.route) else None
+        link = await self._links.to(hop.peer, hop.addresses)
+        await link.open(
+            Open(
+                session=self.id,
+                model=self._model,
+                start=hop.blocks.start,
+                end=hop.blocks.end,
+                dtype=self._dtype,
+                max_tokens=self.max_tokens,
+                depth=len(self.route),
+                next_peer=onward.peer if onward else None,
+                next_addresses=onward.addresses if onward else (),
+                previous_peer=self.route[index - 1].peer if index else None,
+            ),
+            deadline_s,
+        )
+        return link
+
+    async def close(self, deadline_s: float = 2.0) -> None:
+        """Free the session on every stage that still answers; the others free it when they see our stream gone."""
+        links, self._open = self._open, []
+        outcomes: Sequence[int | BaseException] = await asyncio.gather(
+            *(link.close_session(self.id, deadline_s) for link in links), return_exceptions=True
+        )
+        for link, outcome in zip(links, outcomes, strict=True):
+            if isinstance(outcome, BsnsError):
+                log.info("a node did not confirm the end of a session", node=link.peer, error=outcome.message)
+            elif isinstance(outcome, BaseException):
+                raise outcome

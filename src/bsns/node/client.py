@@ -1,0 +1,245 @@
+"""The public face for those who use a swarm: generate text, look at the nodes.
+
+async with bsns.Client(invite) as client:
+    async for text in client.generate("What is the capital of France?"):
+        print(text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from bsns.client.generate import Generator, Piece, Stats
+from bsns.client.links import Links
+from bsns.client.prompts import Prompts
+from bsns.client.sampling import SamplingOptions
+from bsns.core.blocks import BlockRange, missing_blocks
+from bsns.core.errors import BadOption, MissingBlocks
+from bsns.core.ids import PeerId
+from bsns.model.ends import Ends
+from bsns.model.source import SMOLLM2, ModelSource, resolve
+from bsns.node.peer import Peer
+from bsns.node.view import NodeStatus, View
+from bsns.routing.chain import Route
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A user's message, or a conversation: messages with `role` and `content`."""
+T = TypeVar("T")
+
+
+class Client:
+    """Uses a swarm. Tokenizer, embedding and head stay in this process: nodes see activations, never text."""
+
+    def __init__(
+        self,
+        invite: str,
+        model: str = SMOLLM2,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        threads: int = 1,
+        deadline_s: float = 20.0,
+    ) -> None:
+        """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm."""
+        self._invite = invite
+        self._model = model
+        self._dtype = dtype
+        self._device = device
+        self._threads = threads
+        self._deadline_s = deadline_s
+        self._peer: Peer | None = None
+        self._owns_peer = True
+        self._source: ModelSource | None = None
+        self._view: View | None = None
+        self._generator: Generator | None = None
+
+    @classmethod
+    def on(cls, peer: Peer, source: ModelSource, *, dtype: str = "auto", threads: int = 1) -> Client:
+        """A client in a process that is a member of the swarm already; closing it leaves the peer running."""
+        client = cls(peer.invite, source.name, dtype=dtype, threads=threads)
+        client._peer, client._owns_peer, client._source = peer, False, source
+        return client
+
+    async def __aenter__(self) -> Client:
+        """Raises InviteInvalid, InviteExpired, NoSuchSwarm, ModelNotFound, CorruptModel, MissingBlocks, …"""
+        try:
+            await self._connect()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> AsyncGenerator[str, None]:
+        """The answer's text as it comes. `sampling`: the fields of SamplingOptions; `raw` skips the chat template."""
+        async with contextlib.aclosing(self.stream(prompt, SamplingOptions(**sampling), raw=raw)) as pieces:
+            async for piece in pieces:
+                if piece.text:
+                    yield piece.text
+
+    async def stream(
+        self, prompt: Prompt, options: SamplingOptions, *, raw: bool = False, stats: Stats | None = None
+    ) -> AsyncGenerator[Piece, None]:
+        """As `generate`, token by token, with why the answer ended and what it cost."""
+        pieces = self.generator.stream(self.tokens(prompt, raw=raw), options, stats)
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+
+    def tokens(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """The prompt as the model reads it: through the chat template if there is one, unless `raw`."""
+        prompts = self.generator.prompts
+        if isinstance(prompt, str):
+            if raw or not prompts.has_chat_template:
+                return prompts.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        if raw:
+            raise BadOption("a conversation needs the chat template; give plain text with raw")
+        return prompts.encode_chat(prompt)
+
+    def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
+        """Logits (rows, vocabulary) for every position of a text, chunk by chunk."""
+        return self.generator.logits(tokens)
+
+    async def status(self) -> list[NodeStatus]:
+        """Every node that serves the model, as announced and as it answers now."""
+        return await self.view.status(self.generator.links)
+
+    @property
+    def generator(self) -> Generator:
+        if self._generator is None:
+            raise RuntimeError("use `async with bsns.Client(…) as client`")
+        return self._generator
+
+    @property
+    def view(self) -> View:
+        if self._view is None:
+            raise RuntimeError("use `async with bsns.Client(…) as client`")
+        return self._view
+
+    @property
+    def source(self) -> ModelSource:
+        if self._source is None:
+            raise RuntimeError("use `async with bsns.Client(…) as client`")
+        return self._source
+
+    async def close(self) -> None:
+        """Free every session on every node and leave the swarm."""
+        if self._generator is not None:
+            await self._generator.close()
+            self._generator = None
+        if self._peer is not None and self._owns_peer:
+            await self._peer.close()
+            self._peer = None
+
+    async def _connect(self) -> None:
+        if self._source is None:
+            self._source = await asyncio.to_thread(resolve, self._model)
+        source = self._source
+        if self._peer is None:
+            self._peer = await Peer.join(self._invite, None)
+        dtype = await self._choose_dtype(View(self._peer.directory, source.model_id))
+        ends, prompts = await asyncio.gather(
+            asyncio.to_thread(Ends, source.path, dtype=dtype, device=self._device),
+            asyncio.to_thread(Prompts, source.path),
+        )
+        self._view = view = View(self._peer.directory, source.model_id, dtype)
+
+        async def find_route(needed_tokens: int, avoid: Collection[PeerId]) -> Route:
+            return await view.route(self.generator.links, needed_tokens, avoid)
+
+        self._generator = Generator(
+            ends,
+            prompts,
+            self._peer.dial,
+            find_route,
+            model=source.model_id,
+            dtype=dtype,
+            context_tokens=source.context_tokens,
+            threads=self._threads,
+            deadline_s=self._deadline_s,
+        )
+
+    async def _choose_dtype(self, view: View) -> str:
+        """The dtype whose nodes cover the model. Raises MissingBlocks, naming what is missing."""
+        records = [record for record in await view.records() if record.state == "serving"]
+        gaps: tuple[BlockRange, ...] = (BlockRange(0, self.source.block_count),)
+        for dtype in sorted({r.dtype for r in records} if self._dtype == "auto" else {self._dtype}):
+            gaps = missing_blocks((r.blocks for r in records if r.dtype == dtype), self.source.block_count)
+            if not gaps:
+                return dtype
+        missing = ", ".join(map(str, gaps))
+        raise MissingBlocks(
+            f"nobody serves blocks {missing} of {self.source.name}; start a node with "
+            f"bsns serve {self._model} --blocks {gaps[0]} --join INVITE"
+        )
+
+
+class SyncClient:
+    """The same for programs without an event loop: it runs one in a thread of its own.
+
+    with bsns.SyncClient(invite) as client:
+        for text in client.generate("…"): …
+    """
+
+    def __init__(self, invite: str, model: str = SMOLLM2, **options: Any) -> None:
+        self._client = Client(invite, model, **options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="bsns", daemon=True)
+
+    def __enter__(self) -> SyncClient:
+        self._thread.start()
+        try:
+            self._run(self._client.__aenter__())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._run(self._client.close())
+        finally:
+            self._stop()
+
+    def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Any) -> Iterator[str]:
+        """See Client.generate."""
+        pieces = self._client.generate(prompt, raw=raw, **sampling)
+        try:
+            while (text := self._run(_next(pieces))) is not None:
+                yield text
+        finally:
+            self._run(pieces.aclose())
+
+    def status(self) -> list[NodeStatus]:
+        """See Client.status."""
+        nodes: list[NodeStatus] = self._run(self._client.status())
+        return nodes
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _next(pieces: AsyncIterator[str]) -> str | None:
+    return await anext(pieces, None)
+
+
+__all__ = ["Client", "Links", "NodeStatus", "SyncClient"]

@@ -1,0 +1,88 @@
+"""Who is here now, and how far away: a client's or a joining node's fresh enough view of the swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from bsns.client.links import Links
+from bsns.core.errors import BsnsError, MissingBlocks
+from bsns.core.ids import ModelId, PeerId
+from bsns.protocol.inference import Description
+from bsns.protocol.records import NodeRecord
+from bsns.routing.chain import Route, shortest_chain
+from bsns.swarm.directory import Directory
+
+RECORDS_FRESH_S = 2.0
+ROUND_TRIP_FRESH_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """A node's record and, if it answered just now, its present numbers and round trip."""
+
+    record: NodeRecord
+    now: Description | None
+    round_trip_s: float | None
+    error: str | None
+
+
+class View:
+    """The swarm's nodes (of one model, in one dtype), as the directory and our own pings show them."""
+
+    def __init__(self, directory: Directory, model: ModelId | None = None, dtype: str | None = None) -> None:
+        self._directory = directory
+        self._model = model
+        self._dtype = dtype
+        self._records: list[NodeRecord] = []
+        self._read_s = -RECORDS_FRESH_S
+        self._round_trip_s: dict[PeerId, tuple[float, float]] = {}
+
+    async def records(self) -> list[NodeRecord]:
+        """The model's nodes, at most `RECORDS_FRESH_S` old."""
+        if time.monotonic() - self._read_s >= RECORDS_FRESH_S:
+            records = await self._directory.records()
+            self._records = [r for r in records if self._model in (None, r.model) and self._dtype in (None, r.dtype)]
+            self._read_s = time.monotonic()
+        return self._records
+
+    async def route(self, links: Links, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
+        """The fastest chain with room for a session. Raises MissingBlocks, CacheFull."""
+        if avoid:
+            self._read_s = -RECORDS_FRESH_S  # somebody refused: what we know is out of date
+        records = await self.records()
+        if not records:
+            raise MissingBlocks("no node of the swarm serves this model; start one with bsns serve MODEL --join INVITE")
+        await self._measure(links, [record for record in records if record.peer not in avoid])
+        round_trip_s = {peer: rtt_s for peer, (rtt_s, _) in self._round_trip_s.items()}
+        return shortest_chain(
+            records, records[0].block_count, round_trip_s=round_trip_s, needed_tokens=needed_tokens, avoid=avoid
+        )
+
+    async def status(self, links: Links) -> list[NodeStatus]:
+        """Every node's record beside what it answers now."""
+        return list(await asyncio.gather(*(self._ask(links, record) for record in await self.records())))
+
+    async def _ask(self, links: Links, record: NodeRecord) -> NodeStatus:
+        try:
+            link = await links.to(record.peer, record.addresses)
+            return NodeStatus(record, await link.describe(), await link.ping(), None)
+        except BsnsError as error:
+            return NodeStatus(record, None, None, error.message)
+
+    async def _measure(self, links: Links, records: list[NodeRecord]) -> None:
+        """Ping the nodes whose round trip is unknown or old; one that does not answer is left for the route to find."""
+        now_s = time.monotonic()
+        due = [r for r in records if now_s - self._round_trip_s.get(r.peer, (0.0, -1e9))[1] > ROUND_TRIP_FRESH_S]
+
+        async def ping(record: NodeRecord) -> None:
+            try:
+                rtt_s = await (await links.to(record.peer, record.addresses)).ping()
+            except BsnsError:
+                self._round_trip_s[record.peer] = (10.0, now_s)  # far away, but not forgotten
+            else:
+                self._round_trip_s[record.peer] = (rtt_s, now_s)
+
+        await asyncio.gather(*(ping(record) for record in due))

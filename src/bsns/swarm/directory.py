@@ -1,0 +1,57 @@
+"""The directory: where nodes announce themselves and find each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from bsns.core.ids import PeerId
+from bsns.protocol.records import NodeRecord
+
+
+class Directory(Protocol):
+    """Records of one swarm's nodes, each written by its own node only, each gone when it expires."""
+
+    async def publish(self, record: NodeRecord) -> None:
+        """Announce this node, replacing what it announced before. Raises PeerError if nobody took the record."""
+        ...
+
+    async def withdraw(self, record: NodeRecord) -> None:
+        """Say goodbye: others see the node gone at their next reading, without waiting for its record to expire."""
+        ...
+
+    async def records(self) -> list[NodeRecord]:
+        """The nodes that are here: records verified, unexpired and not leaving, in order of peer id.
+
+        Raises NotAMember when the swarm refuses us.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Stop taking part; idempotent. Does not withdraw."""
+        ...
+
+
+class MemoryDirectory:
+    """A Directory for peers of one process, who pass the same `shelf`; records are believed as they come."""
+
+    def __init__(self, shelf: dict[PeerId, NodeRecord] | None = None, clock: Callable[[], float] = time.time) -> None:
+        self.shelf: dict[PeerId, NodeRecord] = shelf if shelf is not None else {}
+        self._clock = clock
+
+    async def publish(self, record: NodeRecord) -> None:
+        self.shelf[record.peer] = record
+
+    async def withdraw(self, record: NodeRecord) -> None:
+        self.shelf[record.peer] = msgspec.structs.replace(record, state="leaving")
+
+    async def records(self) -> list[NodeRecord]:
+        now_s = self._clock()
+        here = [record for record in self.shelf.values() if record.expires_s > now_s and record.state != "leaving"]
+        return sorted(here, key=lambda record: record.peer)
+
+    async def close(self) -> None:
+        return None

@@ -1,0 +1,110 @@
+"""Records: a node's card, signed by the key inside its peer id, and opened with every value checked."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from bsns.core.errors import BadFrame, FrameTooLarge
+from bsns.core.ids import PeerId, SwarmId
+from bsns.protocol.records import NodeRecord, SignedRecord
+from bsns.swarm.identity import SIGNATURE_BYTES, public_key_of, verify
+from bsns.swarm.membership import Membership
+
+MAX_RECORD_BYTES = 4096
+MAX_LIFETIME_S = 900.0
+"""A record may not outlive this; a stolen or forgotten one is gone by then."""
+MAX_BLOCKS = 10_000
+MAX_ADDRESSES = 16
+MAX_ADDRESS = 256
+MAX_TOKENS = 2**40
+MAX_BYTES = 2**50
+STATES = ("joining", "serving", "leaving")
+
+_record_decoder = msgspec.msgpack.Decoder(NodeRecord)
+_signed_decoder = msgspec.msgpack.Decoder(SignedRecord)
+
+
+def record_statement(swarm: SwarmId, payload: bytes) -> bytes:
+    """What a node signs to vouch for its record: good in one swarm only."""
+    return b"bsns/record/1" + swarm.encode() + payload
+
+
+def sign_record(record: NodeRecord, membership: Membership) -> bytes:
+    """Our own record as the bytes that travel. Raises BadFrame or FrameTooLarge for one that others would refuse."""
+    if record.peer != membership.peer:
+        raise BadFrame(f"a record of {record.peer} cannot be signed by {membership.peer}")
+    check_record(record)
+    payload = msgspec.msgpack.encode(record)
+    signature = membership.identity.sign(record_statement(membership.swarm, payload))
+    signed = msgspec.msgpack.encode(SignedRecord(payload, signature, membership.certificate))
+    if len(signed) > MAX_RECORD_BYTES:
+        raise FrameTooLarge(f"record of {len(signed)} bytes; the limit is {MAX_RECORD_BYTES}")
+    return signed
+
+
+def open_record(signed: bytes, membership: Membership, now_s: float, author: PeerId | None = None) -> NodeRecord:
+    """The record in a signed one, if everything about it holds; `author`, when given, must be whose it is.
+
+    Raises FrameTooLarge, NotAMember, or BadFrame with the reason: forged, expired, outliving its certificate, insane.
+    """
+    if len(signed) > MAX_RECORD_BYTES:
+        raise FrameTooLarge(f"record of {len(signed)} bytes; the limit is {MAX_RECORD_BYTES}")
+    try:
+        envelope = _signed_decoder.decode(signed)
+        record = _record_decoder.decode(envelope.payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadFrame(f"undecodable record: {error}") from None
+    if author is not None and record.peer != author:
+        raise BadFrame(f"a record of {record.peer} was shown as that of {author}")
+    check_record(record)
+    if not now_s < record.expires_s:
+        raise BadFrame(f"the record of {record.peer} has expired")
+    if record.expires_s > now_s + MAX_LIFETIME_S:
+        raise BadFrame(f"the record of {record.peer} claims more than {MAX_LIFETIME_S:g} s of life")
+    membership.verify(envelope.certificate, record.peer, now_s)
+    # so that a record, once valid, stays valid until its own end: others may hold it meanwhile
+    if envelope.certificate is not None and record.expires_s > envelope.certificate.expires_s:
+        raise BadFrame(f"the record of {record.peer} outlives its certificate")
+    statement = record_statement(membership.swarm, envelope.payload)
+    if len(envelope.signature) != SIGNATURE_BYTES or not verify(
+        public_key_of(record.peer), statement, envelope.signature
+    ):
+        raise BadFrame(f"the record of {record.peer} is not signed by it")
+    return record
+
+
+def check_record(record: NodeRecord) -> None:
+    """Raises BadFrame unless every value is possible and every text is short and printable."""
+    public_key_of(record.peer)
+    texts = {
+        "model": (record.model, 128),
+        "model_name": (record.model_name, 256),
+        "state": (record.state, 16),
+        "device": (record.device, 64),
+        "dtype": (record.dtype, 32),
+        "executor": (record.executor, 64),
+        "version": (record.version, 64),
+    }
+    for name, (text, limit) in texts.items():
+        _require(len(text) <= limit and text.isprintable(), record, f"{name} is too long or unprintable")
+    _require(record.state in STATES, record, f"state is none of {', '.join(STATES)}")
+    _require(len(record.addresses) <= MAX_ADDRESSES, record, f"more than {MAX_ADDRESSES} addresses")
+    for address in record.addresses:
+        sane = len(address) <= MAX_ADDRESS and address.isascii() and address.isprintable() and address.startswith("/")
+        _require(sane, record, "an address is not a multiaddress")
+        own = "/p2p/" not in address or address.endswith(f"/p2p/{record.peer}")
+        _require(own, record, "an address leads to another peer")
+    _require(0 <= record.start < record.end <= record.block_count <= MAX_BLOCKS, record, "impossible block range")
+    _require(0 <= record.threads <= 65536, record, "impossible number of threads")
+    _require(0 <= record.cache_tokens_left <= record.cache_tokens <= MAX_TOKENS, record, "impossible cache size")
+    _require(0 <= record.rss_bytes <= MAX_BYTES, record, "impossible memory")
+    _require(math.isfinite(record.block_time_s) and 0 <= record.block_time_s <= 1e6, record, "impossible block time")
+    times = math.isfinite(record.started_s) and math.isfinite(record.expires_s)
+    _require(times and 0 <= record.started_s <= record.expires_s, record, "impossible times")
+
+
+def _require(holds: bool, record: NodeRecord, problem: str) -> None:
+    if not holds:
+        raise BadFrame(f"the record of {record.peer} is not sane: {problem}")
