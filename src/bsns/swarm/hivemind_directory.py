@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -217,15 +218,21 @@ class _Door:
         return guarded
 
 
+@dataclass
+class _Verdicts:
+    """What the peers we called made of us since the last operation began."""
+
+    refused: dict[PeerId, BsnsError] = field(default_factory=dict)
+    answered: int = 0
+
+
 class _Caller:
     """Calls a peer's DHT: signs for that peer alone, and believes only its own signed answers."""
 
-    def __init__(
-        self, stub: Any, peer: PeerID, authorizer: MemberAuthorizer, refusals: dict[PeerId, BsnsError]
-    ) -> None:
+    def __init__(self, stub: Any, peer: PeerID, authorizer: MemberAuthorizer, verdicts: _Verdicts) -> None:
         self._peer = peer
         self._authorizer = authorizer
-        self._refusals = refusals
+        self._verdicts = verdicts
         self.rpc_ping = self._guard(stub.rpc_ping)
         self.rpc_store = self._guard(stub.rpc_store)
         self.rpc_find = self._guard(stub.rpc_find)
@@ -242,12 +249,9 @@ class _Caller:
                 refusal = _refusal_in(str(error))
                 if refusal is None:
                     raise
-                self._refusals[name] = refusal
+                self._verdicts.refused[name] = refusal
                 raise refusal from None
-            except ProtocolError as error:
-                self._refusals[name] = error
-                raise
-            self._refusals.pop(name, None)
+            self._verdicts.answered += 1
             return response
 
         return guarded
@@ -276,16 +280,15 @@ class _MemberProtocol(DHTProtocol):  # type: ignore[misc]
     _rpc_handlers = None
     _stub_type = None
 
-    swarm_key: bytes
-    refusals: dict[PeerId, BsnsError]
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.verdicts = _Verdicts()
 
     async def add_p2p_handlers(self, p2p: P2P, wrapper: Any = None, **options: Any) -> None:
         await super().add_p2p_handlers(p2p, _Door(self, self.authorizer), **options)
 
     def get_stub(self, peer: PeerID) -> _Caller:
-        if not hasattr(self, "refusals"):
-            self.refusals = {}
-        return _Caller(ServicerBase.get_stub.__func__(type(self), self.p2p, peer), peer, self.authorizer, self.refusals)
+        return _Caller(ServicerBase.get_stub.__func__(type(self), self.p2p, peer), peer, self.authorizer, self.verdicts)
 
     async def call_find(self, peer: PeerID, keys: Collection[DHTID]) -> Any:
         """As hivemind's, but a found value expires when its records do: a claim of more would end the search early."""
@@ -428,7 +431,7 @@ class HivemindDirectory:
             record = msgspec.structs.replace(record, expires_s=self._last_expiry_s + 0.001)
         signed = sign_record(record, self._membership)
         self._last_expiry_s = record.expires_s
-        self._node.protocol.refusals.clear()
+        self._node.protocol.verdicts = _Verdicts()
         try:
             async with asyncio.timeout(READ_DEADLINE_S):
                 stored = await self._node.store(
@@ -442,7 +445,7 @@ class HivemindDirectory:
 
     async def records(self) -> list[NodeRecord]:
         """Raises NotAMember when the swarm refuses us, PeerTimedOut after 8 s."""
-        self._node.protocol.refusals.clear()
+        self._node.protocol.verdicts = _Verdicts()
         try:
             async with asyncio.timeout(READ_DEADLINE_S):
                 found = await self._node.get(self._key, latest=True)
@@ -463,8 +466,10 @@ class HivemindDirectory:
         return sorted(here, key=lambda record: record.peer)
 
     def _raise_refusal(self) -> None:
-        for refusal in self._node.protocol.refusals.values():
-            raise refusal
+        """Raises what the others said, when they refused us and nobody answered: then empty-handed means shut out."""
+        verdicts: _Verdicts = self._node.protocol.verdicts
+        if verdicts.refused and not verdicts.answered:
+            raise next(iter(verdicts.refused.values()))
 
     async def close(self) -> None:
         if self._closed:

@@ -65,7 +65,8 @@ class _Pipe:
 class MemoryStream:
     """One end of a stream between two peers of a MemoryNetwork (transport.port.Stream)."""
 
-    def __init__(self, peer: PeerId, inbound: _Pipe, outbound: _Pipe) -> None:
+    def __init__(self, owner: MemoryTransport, peer: PeerId, inbound: _Pipe, outbound: _Pipe) -> None:
+        self._owner = owner  # keeps the network, and so the peer's handler, alive as long as a stream is held
         self._peer = peer
         self._inbound = inbound
         self._outbound = outbound
@@ -92,6 +93,10 @@ class MemoryStream:
         """The peer still reads what was sent before, then finds the stream ended."""
         self._outbound.close()
         self._inbound.close(lost=True)
+
+    @property
+    def closed(self) -> bool:
+        return self._outbound.closed and self._inbound.closed
 
     def cut(self) -> None:
         """End both directions at once, losing what is under way."""
@@ -124,9 +129,9 @@ class MemoryTransport:
         if there is None or there.handler is None:
             raise PeerUnreachable(f"{peer} does not answer")
         forth, back = _Pipe(self._peer), _Pipe(peer)
-        near = MemoryStream(peer, inbound=back, outbound=forth)
-        self.streams.append(near)
-        there.accept(MemoryStream(self._peer, inbound=forth, outbound=back), there.handler)
+        near = MemoryStream(self, peer, inbound=back, outbound=forth)
+        self._keep(near)
+        there.accept(MemoryStream(there, self._peer, inbound=forth, outbound=back), there.handler)
         return near
 
     def accept(self, stream: MemoryStream, handler: Handler) -> None:
@@ -140,10 +145,14 @@ class MemoryTransport:
             finally:
                 await stream.close()
 
-        self.streams.append(stream)
+        self._keep(stream)
         task = asyncio.create_task(serve())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _keep(self, stream: MemoryStream) -> None:
+        self.streams = [known for known in self.streams if not known.closed]
+        self.streams.append(stream)
 
     async def listen(self, handler: Handler) -> None:
         self.handler = handler
