@@ -55,8 +55,12 @@ class TestLibp2pTransport(TransportConformance):
         return peer
 
 
-def leftovers() -> set[str]:
-    return {path.name for pattern in ("hivemind-*", "bsns-identity-*") for path in Path("/tmp").glob(pattern)}
+def files_of(transport: Libp2pTransport) -> list[Path]:
+    """The sockets of a transport and its daemon, and the identity file the daemon was started with."""
+    (daemon,) = daemons_of(os.getpid())
+    identity = next(word.removeprefix("-id=") for word in daemon.cmdline() if word.startswith("-id="))
+    sockets = (transport.p2p._daemon_listen_maddr, transport.p2p._client_listen_maddr)
+    return [Path(identity), *(Path(maddr["unix"]) for maddr in sockets)]
 
 
 def daemons_of(pid: int) -> list[psutil.Process]:
@@ -90,15 +94,16 @@ async def test_the_peer_id_contains_the_public_key() -> None:
 
 
 async def test_close_leaves_no_child_no_socket_and_no_file() -> None:
-    before = leftovers()
     transport = await Libp2pTransport.start(secrets.token_bytes(32))
     await transport.listen(echo)
-    assert not any(name.startswith("bsns-identity") for name in leftovers() - before)
     (daemon,) = daemons_of(os.getpid())
+    identity, *sockets = files_of(transport)
+    assert not identity.exists()
+    assert sockets[0].exists()
     await transport.close()
     await transport.close()
     assert not daemon.is_running()
-    assert leftovers() <= before
+    assert not any(path.exists() for path in sockets)
     with pytest.raises(PeerUnreachable):
         await transport.dial(transport.peer)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsns.core.errors import BadFrame, PeerLost, ProtocolError
-from bsns.core.ids import PeerId
+from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.frames import PREFIX, Message, decode_header, encode, split_body
 from bsns.protocol.greeting import Hello
 from bsns.protocol.inference import Failure, Open, Part, Ping, Step
@@ -21,10 +21,10 @@ from bsns.transport.framing import FrameReader
 
 VALID: list[tuple[Message, list[bytes]]] = [
     (Ping(7), []),
-    (Failure(1, "CacheFull", "no room"), []),
+    (Failure(SessionId(1), "CacheFull", "no room"), []),
     (Hello(1, "ab" * 16, Certificate(b"k" * 32, 1e9, b"s" * 64, b"p" * 64)), []),
-    (Open(1, "model", 0, 4, "float32", 128, 2, None), []),  # type: ignore[arg-type]
-    (Step((Part(1, 0, 2, 1, ((0.5, 0.25),)),), (TensorSpec.raw("hidden", "float32", (2, 3)),)), [bytes(24)]),
+    (Open(SessionId(1), ModelId("model"), 0, 4, "float32", 128, 2, None), []),
+    (Step((Part(SessionId(1), 0, 2, 1, ((0.5, 0.25),)),), (TensorSpec.raw("hidden", "float32", (2, 3)),)), [bytes(24)]),
 ]
 
 

@@ -19,6 +19,7 @@ from bsns.core.errors import (
     VersionMismatch,
     WrongSwarm,
 )
+from bsns.core.ids import SessionId
 from bsns.protocol.frames import PROTOCOL_VERSION, encode
 from bsns.protocol.greeting import Hello, Refusal, Welcome
 from bsns.protocol.inference import Part, Ping, Pong, Step
@@ -171,7 +172,7 @@ async def pair() -> tuple[MemoryStream, MemoryStream]:
 
 async def test_a_stranger_cannot_make_us_take_a_body() -> None:
     near, far = await pair()
-    step = Step((Part(1, 0, 1, 0),), (TensorSpec.raw("hidden", "float32", (1,)),))
+    step = Step((Part(SessionId(1), 0, 1, 0),), (TensorSpec.raw("hidden", "float32", (1,)),))
     await near.send(step, [bytes(4)])
     with pytest.raises(FrameTooLarge):
         await admit(far, member_of(Founder.found()), 5.0, now)

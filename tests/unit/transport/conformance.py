@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from bsns.core.errors import BadFrame, BadTensor, FrameTooLarge, PeerLost, PeerUnreachable, ProtocolError
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, PREFIX, encode
 from bsns.protocol.inference import Part, Ping, Pong, Step
 from bsns.protocol.tensors import TensorSpec
@@ -19,7 +19,7 @@ DEADLINE_S = 20.0
 
 
 def step_of(values: int) -> Step:
-    return Step((Part(1, 0, 1, 0),), (TensorSpec.raw("hidden", "float32", (1, values)),))
+    return Step((Part(SessionId(1), 0, 1, 0),), (TensorSpec.raw("hidden", "float32", (1, values)),))
 
 
 async def echo(stream: Stream) -> None:

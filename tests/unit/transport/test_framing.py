@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from bsns.core.errors import FrameTooLarge, PeerLost
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.frames import MAX_BODY_BYTES, PREFIX, encode
 from bsns.protocol.inference import Part, Ping, Step
 from bsns.protocol.tensors import TensorSpec
@@ -33,7 +33,7 @@ async def test_a_huge_announced_length_is_refused_before_allocation(lengths: tup
 
 async def test_memory_follows_what_arrives_not_what_is_announced() -> None:
     spec = TensorSpec.raw("hidden", "float32", (MAX_BODY_BYTES // 4,))
-    frame = encode(Step((Part(1, 0, 1, 0),), (spec,)), [bytes(MAX_BODY_BYTES)])
+    frame = encode(Step((Part(SessionId(1), 0, 1, 0),), (spec,)), [bytes(MAX_BODY_BYTES)])
     stream, frames = reader_of(bytes(frame[0]))
     tracemalloc.start()
     waiting = asyncio.create_task(frames.receive())
@@ -47,7 +47,7 @@ async def test_memory_follows_what_arrives_not_what_is_announced() -> None:
 
 
 async def test_a_receive_cancelled_anywhere_inside_a_frame_goes_on_where_it_stopped() -> None:
-    step = Step((Part(1, 0, 1, 0),), (TensorSpec.raw("hidden", "float32", (2,)),))
+    step = Step((Part(SessionId(1), 0, 1, 0),), (TensorSpec.raw("hidden", "float32", (2,)),))
     data = b"".join(encode(step, [b"abcdefgh"])) + b"".join(encode(Ping(1)))
     stream, frames = reader_of(b"")
     for byte in data[: len(data) - 1]:

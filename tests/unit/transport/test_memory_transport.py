@@ -19,7 +19,7 @@ class TestMemoryTransport(TransportConformance):
     def network(self) -> None:
         self.members = MemoryNetwork()
 
-    async def make_peer(self) -> Transport:  # type: ignore[override]
+    async def make_peer(self) -> Transport:
         return self.members.transport(f"peer-{secrets.token_hex(4)}")
 
 
