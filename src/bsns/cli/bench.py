@@ -2,6 +2,55 @@
 
 from __future__ import annotations
 
-import typer
+from typing import Annotated, Any
 
-app = typer.Typer(no_args_is_help=True, help="Measure this machine; every verb prints one JSON object with --json.")
+import typer
+from rich.table import Table
+
+from bsns.cli.console import JsonFlag, doing, emit, out, run
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine. Every verb takes --json and --quick.")
+
+QuickFlag = Annotated[bool, typer.Option("--quick", help="The same figures, less exact, within a minute.")]
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure this machine. Every verb takes --json and --quick."""
+
+
+@app.command()
+def decode(
+    model: Annotated[str, typer.Argument(help="The model to measure with.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, for all rows.")] = "bfloat16",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Compute threads per process, for all rows.")] = 1,
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Decoding speed: the model library, our engine in one process, and swarms of 2 and 3 nodes on this machine.
+
+    Example: bsns bench decode --quick
+    """
+
+    async def verb() -> None:
+        from bsns.bench.decode import bench_decode
+
+        with doing("starting", quiet=as_json) as update:
+            figures = await bench_decode(model, dtype=dtype, threads=threads, quick=quick, told=update)
+        if as_json:
+            emit(figures)
+        else:
+            out.print(_table(figures))
+
+    run(verb(), as_json=as_json)
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    view = Table("figure", "value")
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                view.add_row(f"{key}.{name}", str(inner))
+        else:
+            view.add_row(key, str(value))
+    return view

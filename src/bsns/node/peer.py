@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import structlog
 
-from bsns.core.errors import BsnsError
+from bsns.core.errors import BsnsError, PeerUnreachable
 from bsns.core.ids import PeerId
 from bsns.swarm.directory import Directory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder, invite_text, parse_invite
 from bsns.swarm.membership import Membership, admit, introduce
+from bsns.transport.direct import DirectListener, connect, hosts_of
 from bsns.transport.port import Handler, Stream, Transport
 
 log = structlog.get_logger(__name__)
@@ -35,12 +36,18 @@ class Peer:
     """A member of a swarm with a place in the network. Made by `found` or `join`."""
 
     def __init__(
-        self, transport: Transport, membership: Membership, directory: Directory, founder: Founder | None, invite: str
+        self,
+        transport: Transport,
+        membership: Membership,
+        directory: Directory,
+        listen: Listen | None,
+        invite: str,
     ) -> None:
         self.transport = transport
         self.membership = membership
         self.directory = directory
-        self._founder = founder
+        self._listen = listen
+        self._direct = DirectListener()
         self.invite = invite
         """The text others join with: made here by a founder, else the one we joined with."""
 
@@ -57,7 +64,7 @@ class Peer:
         invite = founder.make_invite(
             transport.addresses, lifetime_s=INVITE_LIFETIME_S, now_s=time.time(), open_swarm=open_swarm
         )
-        return cls(transport, membership, directory, founder, invite_text(invite))
+        return cls(transport, membership, directory, listen, invite_text(invite))
 
     @classmethod
     async def join(cls, invite: str, listen: Listen | None) -> Peer:
@@ -71,28 +78,39 @@ class Peer:
         transport, directory = await _start(
             identity, membership, listen, bootstrap=parsed.bootstrap, client_only=listen is None
         )
-        return cls(transport, membership, directory, None, invite)
+        return cls(transport, membership, directory, listen, invite)
 
     async def dial(self, peer: PeerId, addresses: Sequence[str] = ()) -> Stream:
         """A greeted stream to another member. Raises PeerError or ProtocolError within seconds."""
         stream = await self.transport.dial(peer, addresses)
-        await introduce(stream, self.membership, GREETING_S)
-        return stream
+        offer = await introduce(stream, self.membership, GREETING_S)
+        if offer is None:
+            return stream
+        try:
+            direct = await connect(peer, offer)
+        except PeerUnreachable as error:
+            log.info("staying on libp2p", peer=peer, reason=error.message)
+            return stream
+        await stream.close()
+        return direct
 
     async def listen(self, handler: Handler) -> None:
         """Serve every member that opens a stream; others are refused and never reach the handler."""
 
         async def guarded(stream: Stream) -> None:
             try:
-                await admit(stream, self.membership, GREETING_S)
+                await admit(stream, self.membership, GREETING_S, offer=self._direct.offer)
             except BsnsError as error:
                 log.info("refused a stream", peer=stream.peer, error=error.code, reason=error.message)
                 return
             await handler(stream)
 
+        if self._listen is not None:
+            await self._direct.start(self._listen.host, hosts_of(self.transport.addresses), handler)
         await self.transport.listen(guarded)
 
     async def close(self) -> None:
+        await self._direct.close()
         await self.directory.close()
         await self.transport.close()
 

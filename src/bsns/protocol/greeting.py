@@ -7,6 +7,15 @@ import msgspec
 from bsns.protocol.membership import Certificate
 
 
+class DirectOffer(msgspec.Struct, frozen=True, array_like=True):
+    """Where an admitted peer may connect by TCP, with a token for one connection and the key that seals its frames."""
+
+    hosts: tuple[str, ...]
+    port: int
+    token: bytes
+    key: bytes
+
+
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """From whoever opened the stream: which swarm it means, and the proof that it belongs there."""
 
@@ -20,6 +29,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
     version: int
     certificate: Certificate | None
+    direct: DirectOffer | None = None
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal"):

@@ -64,7 +64,7 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
 
 
 class Result(msgspec.Struct, frozen=True, tag="result"):
-    """What the last stage returns: for each part only the `wanted` last rows; a part that wants none comes with no rows."""
+    """What the last stage returns: for each part only the `wanted` last rows, which may be none."""
 
     parts: tuple[Part, ...]
     tensors: tuple[TensorSpec, ...]

@@ -21,7 +21,7 @@ from bsns.core.errors import (
 )
 from bsns.core.ids import PeerId, SwarmId
 from bsns.protocol.frames import PROTOCOL_VERSION, Message
-from bsns.protocol.greeting import Hello, Refusal, Welcome
+from bsns.protocol.greeting import DirectOffer, Hello, Refusal, Welcome
 from bsns.protocol.membership import Certificate, Invite
 from bsns.swarm.identity import Identity, verify
 from bsns.swarm.invites import Founder, invite_statement, swarm_id
@@ -113,8 +113,12 @@ class Membership:
             self._proven.popitem(last=False)
 
 
-async def introduce(stream: Stream, membership: Membership, deadline_s: float, clock: Clock = time.time) -> None:
+async def introduce(
+    stream: Stream, membership: Membership, deadline_s: float, clock: Clock = time.time
+) -> DirectOffer | None:
     """Greet the peer we dialled: show our certificate and check its own; on any failure the stream is closed.
+
+    Returns the direct stream the peer offers, if it does.
 
     Raises NotAMember, WrongSwarm or VersionMismatch, whoever of the two refused; PeerTimedOut after `deadline_s`;
     PeerLost; another ProtocolError for nonsense.
@@ -127,6 +131,7 @@ async def introduce(stream: Stream, membership: Membership, deadline_s: float, c
             case Welcome():
                 _check_version(answer.version, stream.peer)
                 membership.verify(answer.certificate, stream.peer, clock())
+                return answer.direct
             case Refusal():
                 raise _refused(answer)
             case _:
@@ -139,10 +144,16 @@ async def introduce(stream: Stream, membership: Membership, deadline_s: float, c
         raise
 
 
-async def admit(stream: Stream, membership: Membership, deadline_s: float, clock: Clock = time.time) -> None:
+async def admit(
+    stream: Stream,
+    membership: Membership,
+    deadline_s: float,
+    clock: Clock = time.time,
+    offer: Callable[[PeerId], DirectOffer | None] = lambda peer: None,
+) -> None:
     """Let in the peer that opened a stream, or send it a typed Refusal, close the stream and raise the same error.
 
-    Until then not one byte of body is accepted. Raises as `introduce` does.
+    Until then not one byte of body is accepted; `offer` is asked only for members. Raises as `introduce` does.
     """
     try:
         async with asyncio.timeout(deadline_s):
@@ -153,7 +164,7 @@ async def admit(stream: Stream, membership: Membership, deadline_s: float, clock
             if hello.swarm != membership.swarm:
                 raise WrongSwarm(f"this peer belongs to swarm {membership.swarm}, not to the one asked for")
             membership.verify(hello.certificate, stream.peer, clock())
-            await stream.send(Welcome(PROTOCOL_VERSION, membership.certificate))
+            await stream.send(Welcome(PROTOCOL_VERSION, membership.certificate, offer(stream.peer)))
     except TimeoutError:
         await stream.close()
         raise PeerTimedOut(f"{stream.peer} did not greet within {deadline_s:g} s") from None

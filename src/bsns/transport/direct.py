@@ -1,0 +1,300 @@
+"""Direct streams: TCP between two peers that have met over libp2p, for the path tokens take.
+
+Every frame of a libp2p stream crosses two daemon processes each way; on an idle machine waking them costs 0.3 ms a hop
+(docs/decisions/0004-direct-streams.md). So a peer that admits another offers it, over their encrypted libp2p stream, an
+address, a one-time token and a fresh key. Whoever connects and shows the token gets a stream on which every frame is
+sealed with AES-256-GCM (NIST SP 800-38D) under that key, a counter per direction as nonce. Where the address cannot be
+reached (NAT, firewalls) both simply stay on libp2p.
+
+    token (16 bytes), once, then both ways: u32 length | sealed frame
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from bsns.core.errors import BadFrame, FrameTooLarge, PeerLost, PeerUnreachable
+from bsns.core.ids import PeerId
+from bsns.protocol.frames import (
+    MAX_BODY_BYTES,
+    MAX_HEADER_BYTES,
+    PREFIX,
+    Buffer,
+    Message,
+    check_lengths,
+    decode_header,
+    encode,
+    split_body,
+)
+from bsns.protocol.greeting import DirectOffer
+from bsns.transport.port import Handler
+
+TOKEN_BYTES = 16
+KEY_BYTES = 32
+TAG_BYTES = 16
+OFFER_LIFETIME_S = 10.0
+MAX_OFFERS = 1024
+CONNECT_S = 1.0
+HIGH_WATER_BYTES = 1 << 20
+MAX_WAITING_BYTES = 4 * MAX_BODY_BYTES
+"""Received but not yet taken frames beyond this stop the reading."""
+
+_LENGTH = struct.Struct("<I")
+_NONCE = struct.Struct("<IQ")
+_MAX_SEALED = PREFIX.size + MAX_HEADER_BYTES + MAX_BODY_BYTES + TAG_BYTES
+
+
+class DirectStream(asyncio.Protocol):
+    """One sealed TCP stream (transport.port.Stream)."""
+
+    def __init__(self, peer: PeerId, key: bytes, *, dialled: bool) -> None:
+        self._peer = peer
+        self._seal = AESGCM(key)
+        self._out, self._in = (0, 1) if dialled else (1, 0)
+        self._sent = 0
+        self._received = 0
+        self._buffer = bytearray()
+        self._frames: deque[tuple[Message, memoryview]] = deque()
+        self._waiting_bytes = 0
+        self._transport: asyncio.Transport | None = None
+        self._ended: Exception | None = None
+        self._paused = False
+        self._arrival: asyncio.Future[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """See transport.port.Stream."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise self._lost()
+        frame = b"".join(encode(message, buffers))
+        length = _LENGTH.pack(len(frame) + TAG_BYTES)
+        sealed = self._seal.encrypt(_NONCE.pack(self._out, self._sent), frame, length)
+        self._sent += 1
+        transport.write(length + sealed)
+        if not self._writable.is_set():
+            await self._writable.wait()
+            if transport.is_closing():
+                raise self._lost()
+
+    async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
+        """See transport.port.Stream. The frame was within the protocol's limits before it was opened."""
+        while not self._frames:
+            if self._ended is not None:
+                raise self._ended
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        message, body = self._frames.popleft()
+        self._waiting_bytes -= body.nbytes
+        if self._paused and self._waiting_bytes < MAX_WAITING_BYTES and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        if max_body_bytes is not None and body.nbytes > max_body_bytes:
+            raise FrameTooLarge(f"frame body of {body.nbytes} bytes; only {max_body_bytes} are allowed here")
+        return message, split_body(message, body)
+
+    async def close(self) -> None:
+        """See transport.port.Stream."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.start(transport)  # type: ignore[arg-type]
+
+    def start(self, transport: asyncio.Transport, early: bytes = b"") -> None:
+        """Begin on a connection, with what had arrived behind the token."""
+        self._transport = transport
+        transport.set_write_buffer_limits(HIGH_WATER_BYTES)
+        if early:
+            self.data_received(early)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        try:
+            while (frame := self._open()) is not None:
+                self._frames.append(frame)
+                self._waiting_bytes += frame[1].nbytes
+        except (BadFrame, FrameTooLarge) as error:
+            self._end(error)
+            return
+        if self._waiting_bytes > MAX_WAITING_BYTES and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._writable.set()
+        if self._ended is None:
+            self._ended = self._lost(error)
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _open(self) -> tuple[Message, memoryview] | None:
+        """The next whole frame in the buffer. Raises FrameTooLarge, BadFrame."""
+        if len(self._buffer) < _LENGTH.size:
+            return None
+        (size,) = _LENGTH.unpack_from(self._buffer)
+        if not PREFIX.size + TAG_BYTES <= size <= _MAX_SEALED:
+            raise FrameTooLarge(f"a sealed frame of {size} bytes; the limit is {_MAX_SEALED}")
+        end = _LENGTH.size + size
+        if len(self._buffer) < end:
+            return None
+        length, sealed = bytes(self._buffer[: _LENGTH.size]), bytes(self._buffer[_LENGTH.size : end])
+        del self._buffer[:end]
+        try:
+            frame = self._seal.decrypt(_NONCE.pack(self._in, self._received), sealed, length)
+        except InvalidTag:
+            raise BadFrame("a frame's seal does not hold") from None
+        self._received += 1
+        header_bytes, body_bytes = PREFIX.unpack_from(frame)
+        check_lengths(header_bytes, body_bytes)
+        if PREFIX.size + header_bytes + body_bytes != len(frame):
+            raise BadFrame("a frame's lengths do not add up")
+        view = memoryview(frame)
+        body_at = PREFIX.size + header_bytes
+        return decode_header(view[PREFIX.size : body_at]), view[body_at:]
+
+    def _end(self, error: Exception) -> None:
+        self._ended = error
+        if self._transport is not None:
+            self._transport.abort()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    def _lost(self, error: Exception | None = None) -> PeerLost:
+        return PeerLost(f"the stream to {self._peer} closed{f' ({error})' if error else ''}")
+
+
+class DirectListener:
+    """Takes direct connections from peers that were offered one."""
+
+    def __init__(self) -> None:
+        self._offers: dict[bytes, tuple[PeerId, bytes, float]] = {}
+        self._server: asyncio.Server | None = None
+        self._hosts: tuple[str, ...] = ()
+        self._streams: set[DirectStream] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._handler: Handler | None = None
+
+    async def start(self, host: str, hosts: Sequence[str], handler: Handler) -> None:
+        """Listen on a free port of `host`; `hosts` are the names under which others reach it."""
+        self._handler = handler
+        self._hosts = tuple(dict.fromkeys(hosts))
+        self._server = await asyncio.get_running_loop().create_server(lambda: _Knock(self), host, 0)
+
+    def offer(self, peer: PeerId) -> DirectOffer | None:
+        """A fresh offer for a peer just admitted, good for one connection within `OFFER_LIFETIME_S`."""
+        if self._server is None:
+            return None
+        now_s = time.monotonic()
+        for token in [token for token, (_, _, end_s) in self._offers.items() if end_s < now_s]:
+            del self._offers[token]
+        if len(self._offers) >= MAX_OFFERS:
+            return None
+        token, key = secrets.token_bytes(TOKEN_BYTES), secrets.token_bytes(KEY_BYTES)
+        self._offers[token] = (peer, key, now_s + OFFER_LIFETIME_S)
+        return DirectOffer(self._hosts, self._server.sockets[0].getsockname()[1], token, key)
+
+    def redeem(self, token: bytes, transport: asyncio.Transport, early: bytes) -> DirectStream | None:
+        """The stream for whoever shows a token, or None for a stranger."""
+        peer, key, end_s = self._offers.pop(token, (None, b"", 0.0))
+        if peer is None or end_s < time.monotonic() or self._handler is None:
+            return None
+        stream = DirectStream(peer, key, dialled=False)
+        transport.set_protocol(stream)
+        stream.start(transport, early)
+        self._streams.add(stream)
+        task = asyncio.get_running_loop().create_task(self._serve(stream, self._handler))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return stream
+
+    async def close(self) -> None:
+        """Stop listening and close every stream taken."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for stream in list(self._streams):
+            await stream.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, stream: DirectStream, handler: Handler) -> None:
+        try:
+            await handler(stream)
+        finally:
+            self._streams.discard(stream)
+            await stream.close()
+
+
+class _Knock(asyncio.Protocol):
+    """A connection that has not shown its token yet; it has `OFFER_LIFETIME_S` to do so."""
+
+    def __init__(self, listener: DirectListener) -> None:
+        self._listener = listener
+        self._buffer = b""
+        self._transport: asyncio.Transport | None = None
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._late = asyncio.get_running_loop().call_later(OFFER_LIFETIME_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) < TOKEN_BYTES or self._transport is None or self._late is None:
+            return
+        self._late.cancel()
+        token, early = self._buffer[:TOKEN_BYTES], self._buffer[TOKEN_BYTES:]
+        if self._listener.redeem(token, self._transport, early) is None:
+            self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+
+
+async def connect(peer: PeerId, offer: DirectOffer) -> DirectStream:
+    """Take up an offer. Raises PeerUnreachable, within `CONNECT_S` per address."""
+    if len(offer.token) != TOKEN_BYTES or len(offer.key) != KEY_BYTES:
+        raise PeerUnreachable(f"{peer} offered a direct stream that cannot be")
+    for host in offer.hosts[:4]:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(CONNECT_S):
+                transport, stream = await asyncio.get_running_loop().create_connection(
+                    lambda: DirectStream(peer, offer.key, dialled=True), host, offer.port
+                )
+            transport.write(offer.token)
+            return stream
+    raise PeerUnreachable(f"{peer} cannot be reached directly at {', '.join(offer.hosts)} port {offer.port}")
+
+
+def hosts_of(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The hosts in a peer's multiaddresses, in order, each once."""
+    named = (address.split("/") for address in addresses)
+    return tuple(
+        dict.fromkeys(part[2] for part in named if len(part) > 2 and part[1] in ("ip4", "ip6", "dns4", "dns6"))
+    )
