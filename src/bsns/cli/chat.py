@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+import contextlib
+import sys
+from typing import TYPE_CHECKING
 
 from bsns.cli import sampling_options as sampling
-from bsns.cli.console import DtypeOption, JoinOption, doing, err, out, run
+from bsns.cli.console import (
+    DtypeOption,
+    JoinOption,
+    ModelArgument,
+    ThreadsOption,
+    doing,
+    err,
+    from_thread,
+    out,
+    run,
+    say_error,
+    see_through,
+)
 from bsns.core.errors import BsnsError
 
 if TYPE_CHECKING:
@@ -18,10 +28,10 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="The model the swarm serves.")],
+    model: ModelArgument,
     join: JoinOption,
     dtype: DtypeOption = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads for this end's share of the work.")] = 1,
+    threads: ThreadsOption = 1,
     temperature: sampling.Temperature = 0.7,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 0.95,
@@ -31,61 +41,59 @@ def chat(
     stop: sampling.Stop = None,
     max_tokens: sampling.MaxTokens = 512,
 ) -> None:
-    """Talk with a model over a swarm. An empty line or Ctrl-D ends the talk.
+    """Talk with a model over a swarm.
 
-    Example: bsns chat smollm2-135m --join bsns1-…
+    An empty line or Ctrl-D ends the talk. MODEL is the one the swarm serves: its tokenizer, embedding and head run in
+    this process, so that no text leaves it.
+
+    Example:
+      bsns chat smollm2-135m --join bsns1-…
     """
 
     async def verb() -> None:
-        from bsns.client.sampling import SamplingOptions
-        from bsns.node.client import Client
+        with doing("loading libraries") as say:
+            from bsns.client.sampling import SamplingOptions
+            from bsns.node.client import Client
 
-        options = SamplingOptions(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
-        )
-        with doing("joining the swarm"):
+            options = SamplingOptions(
+                temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
+            )
+            say("joining the swarm")
             client = await Client(join, model, dtype=dtype, threads=threads).__aenter__()
         try:
             await converse(client, options)
         finally:
-            await client.close()
+            await see_through(client.close())
 
     run(verb())
 
 
 async def converse(client: Client, options: SamplingOptions) -> None:
     """Questions from standard input, answers to standard output, until an empty line."""
+    if sys.stdin.isatty():
+        err.print("An empty line ends the talk.", style="dim")
     messages: list[dict[str, str]] = []
-    while line := (await _ask()).strip():
+    while line := (await from_thread(_ask)).strip():
         messages.append({"role": "user", "content": line})
         text = ""
         try:
-            async for piece in client.stream(messages, options):
-                text += piece.text
-                out.print(piece.text, end="", markup=False, highlight=False)
+            async with contextlib.aclosing(client.stream(messages, options)) as pieces:
+                async for piece in pieces:
+                    text += piece.text
+                    out.print(piece.text, end="", markup=False, highlight=False)
         except BsnsError as error:  # the talk goes on: the next question may find the swarm well again
             messages.pop()
-            err.print(f"\n[bold red]error:[/] {error.message}", highlight=False)
+            if text:
+                out.print()
+            say_error(error.message)
             continue
         out.print()
         messages.append({"role": "assistant", "content": text})
 
 
-async def _ask() -> str:
-    """A line from standard input, without holding up the event loop; empty at its end."""
-    loop = asyncio.get_running_loop()
-    asked: asyncio.Future[str] = loop.create_future()
-
-    def read() -> None:
-        try:
-            line = input("> ")
-        except EOFError:
-            line = ""
-        loop.call_soon_threadsafe(answer, line)
-
-    def answer(line: str) -> None:
-        if not asked.done():
-            asked.set_result(line)
-
-    threading.Thread(target=read, name="input", daemon=True).start()  # a daemon: Ctrl-C must not wait for a line
-    return await asked
+def _ask() -> str:
+    """A line from standard input; empty at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""

@@ -8,16 +8,30 @@ from typing import Annotated
 import typer
 
 from bsns.cli import sampling_options as sampling
-from bsns.cli.console import DtypeOption, JoinOption, JsonFlag, doing, run
+from bsns.cli.console import (
+    DtypeOption,
+    JoinOption,
+    JsonFlag,
+    ModelArgument,
+    ThreadsOption,
+    doing,
+    err,
+    from_thread,
+    run,
+    see_through,
+)
+from bsns.cli.up import answer, check_prompt
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="The model the swarm serves.")],
+    model: ModelArgument,
     join: JoinOption,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer; - reads standard input.")] = "-",
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to answer; - reads standard input.")
+    ] = "-",
+    raw: sampling.RawFlag = False,
     dtype: DtypeOption = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads for this end's share of the work.")] = 1,
+    threads: ThreadsOption = 1,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -30,23 +44,31 @@ def generate(
 ) -> None:
     """Answer one prompt over a swarm, streaming.
 
-    Example: bsns generate smollm2-135m --join bsns1-… --prompt "Name three rivers." --temperature 0.7
+    MODEL is the one the swarm serves: its tokenizer, embedding and head run in this process, so that no text leaves it.
+
+    Example:
+      bsns generate smollm2-135m --join bsns1-… --prompt "Name three rivers."
     """
 
     async def verb() -> None:
-        from bsns.cli.up import answer
-        from bsns.client.sampling import SamplingOptions
-        from bsns.node.client import Client
+        text = prompt
+        if prompt == "-":
+            if sys.stdin.isatty():
+                err.print("the prompt, ended by Ctrl-D:", highlight=False)
+            text = await from_thread(sys.stdin.read)
+        check_prompt(text)
+        with doing("loading libraries", quiet=as_json) as say:
+            from bsns.client.sampling import SamplingOptions
+            from bsns.node.client import Client
 
-        options = SamplingOptions(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
-        )
-        text = sys.stdin.read() if prompt == "-" else prompt
-        with doing("joining the swarm", quiet=as_json):
+            options = SamplingOptions(
+                temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
+            )
+            say("joining the swarm")
             client = await Client(join, model, dtype=dtype, threads=threads).__aenter__()
         try:
             await answer(client, text, options, raw=raw, as_json=as_json)
         finally:
-            await client.close()
+            await see_through(client.close())
 
     run(verb(), as_json=as_json)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
+from collections.abc import Callable
+from typing import Any
 
 # Before torch loads: its allocator then asks for 2 MiB pages, which are read faster.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -11,20 +15,34 @@ import typer
 
 import bsns
 from bsns.cli import bench, chat, generate, serve, status, up
+from bsns.cli.console import EXIT_INTERRUPTED, EXIT_USER, say_error
 
 app = typer.Typer(
     name="bsns",
     help="Run language models too large for one machine across the machines you already have.",
+    epilog='Begin with: bsns up smollm2-135m --prompt "What is the capital of France?"',
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command("up")(up.up)
-app.command("serve")(serve.serve)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("status")(status.status)
+
+# Typer brings its own click, whose names are private; this is click's UsageError in either case.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def _add(name: str, verb: Callable[..., None]) -> None:
+    """A verb, with its docstring as help: each paragraph is reflowed, an example keeps its line."""
+    paragraphs = inspect.cleandoc(verb.__doc__ or "").split("\n\n")
+    prose = [text if text.startswith("Example:") else text.replace("\n", " ") for text in paragraphs]
+    app.command(name, help="\n\n".join(prose))(verb)
+
+
+_add("up", up.up)
+_add("serve", serve.serve)
+_add("generate", generate.generate)
+_add("chat", chat.chat)
+_add("status", status.status)
 app.add_typer(bench.app, name="bench")
 
 
@@ -42,7 +60,18 @@ def _options(
 
 
 def main() -> None:
-    app()
+    """Run the command. A mistake in its use is one line on standard error, as every other error is."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            command = error.ctx.command_path if error.ctx is not None else "bsns"
+            say_error(f"{error.format_message()} ({command} --help shows how)")
+        sys.exit(EXIT_USER)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shlex
 from typing import Annotated
 
 import typer
 
-from bsns.cli.console import DtypeOption, JsonFlag, doing, emit, err, out, parse_size, run
+from bsns.cli.console import (
+    DtypeOption,
+    JsonFlag,
+    ModelArgument,
+    doing,
+    emit,
+    err,
+    out,
+    parse_size,
+    run,
+    see_through,
+)
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadOption
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a directory, a .gguf file or a Hugging Face id.")],
-    blocks: Annotated[str, typer.Option("--blocks", help="START:END, or auto for what the swarm needs most.")] = "auto",
-    memory: Annotated[str | None, typer.Option("--memory", help="The most memory to use, for example 2GiB.")] = None,
-    cache_tokens: Annotated[int | None, typer.Option("--cache-tokens", min=16, help="KV cache, in tokens.")] = None,
+    model: ModelArgument,
+    blocks: Annotated[
+        str, typer.Option("--blocks", metavar="START:END|auto", help="auto takes what the swarm needs most.")
+    ] = "auto",
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="The most memory to use, for example 2GiB.")
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option("--cache-tokens", min=16, metavar="N", help="KV cache, in tokens.")
+    ] = None,
     join: Annotated[
         str | None,
-        typer.Option("--join", envvar="BSNS_INVITE", help="An invite. Without one the node founds a new swarm."),
+        typer.Option(
+            "--join", envvar="BSNS_INVITE", metavar="INVITE", help="An invite. Without one the node founds a new swarm."
+        ),
     ] = None,
     public: Annotated[
         bool, typer.Option("--public", help="Found a swarm that anybody may use without an invite's secret.")
@@ -26,55 +49,68 @@ def serve(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     dtype: DtypeOption = "auto",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Compute threads; default: every core.")
+        int | None, typer.Option("--threads", min=1, metavar="N", help="Compute threads; default: every core.")
     ] = None,
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets other machines in.")
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 lets other machines in.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
+    ] = 0,
     as_json: JsonFlag = False,
-    leashed: Annotated[bool, typer.Option("--leashed", hidden=True)] = False,
+    leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
 ) -> None:
     """Serve a range of a model's blocks until Ctrl-C.
 
-    Prints the invite with which others join. Listens on this machine only unless --host says otherwise.
+    Without --join it founds a new swarm and prints the invite with which others join. It listens on this machine only
+    unless --host says otherwise.
 
-    Example: bsns serve smollm2-135m --host 0.0.0.0 --memory 2GiB
+    Example:
+      bsns serve smollm2-135m --host 0.0.0.0 --memory 2GiB
+      bsns serve smollm2-135m --blocks 0:15 --join bsns1-…
     """
-    if leashed:
+    if leashed is not None:
         from bsns.node.leash import die_with_parent
 
-        die_with_parent()
+        die_with_parent(leashed)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
     async def verb() -> None:
-        from bsns.core.errors import BadOption
-        from bsns.model.source import resolve
-        from bsns.node.leash import watch_parent
-        from bsns.node.peer import Listen, Peer
-        from bsns.node.server import ServeOptions, Server
-
+        memory_bytes = parse_size(memory)
         if public and join:
             raise BadOption("--public founds a new swarm, --join enters one; give only one of them")
-        watching = asyncio.create_task(watch_parent(asyncio.current_task())) if leashed else None
-        options = ServeOptions(blocks, parse_size(memory), cache_tokens, device, dtype, threads, Listen(host, port))
-        with doing("looking at the model", quiet=as_json) as update:
+        async with contextlib.AsyncExitStack() as stack:
+            with doing("loading libraries", quiet=as_json) as say:
+                from bsns.model.source import resolve
+                from bsns.node.leash import watch_parent
+                from bsns.node.peer import Listen, Peer
+                from bsns.node.server import ServeOptions, Server
 
-            def told(what: str) -> None:
-                update(what)
-                if as_json:
-                    emit({"event": "progress", "what": what})
+                if leashed is not None:
+                    watching = asyncio.create_task(watch_parent(asyncio.current_task(), leashed))
+                    stack.callback(watching.cancel)
 
-            source = await asyncio.to_thread(resolve, model, progress=lambda what, _: told(what))
-            told("joining the swarm" if join else "founding a swarm")
-            peer = await (Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public))
-            try:
-                server = await Server.start(peer, source, options, told)
-            except BaseException:
-                await peer.close()
-                raise
-        try:
+                def told(what: str, done: float | None = None) -> None:
+                    say(what, done)
+                    if as_json:
+                        emit({"event": "progress", "what": what, "done": done})
+
+                told("looking at the model")
+                source = await asyncio.to_thread(resolve, model, progress=told)
+                if blocks != "auto":  # a mistake is told before the swarm is troubled
+                    BlockRange.parse(blocks, source.block_count)
+                told("joining the swarm" if join else "founding a swarm")
+                options = ServeOptions(blocks, memory_bytes, cache_tokens, device, dtype, threads, Listen(host, port))
+                peer = await (
+                    Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public)
+                )
+                try:
+                    server = await Server.start(peer, source, options, told)
+                except BaseException:
+                    await see_through(peer.close())
+                    raise
+                stack.push_async_callback(lambda: see_through(server.close()))
             record = server.record
             if as_json:
                 emit(
@@ -91,16 +127,15 @@ def serve(
             else:
                 err.print(
                     f"[green]serving blocks {record.blocks} of {source.name}[/] on {record.device} in {record.dtype}, "
-                    f"cache for {record.cache_tokens} tokens",
+                    f"cache for {record.cache_tokens} tokens; Ctrl-C ends it",
                     highlight=False,
                 )
                 if not join:
-                    out.print("Others join with:")
-                    out.print(f"  bsns serve {model} --join {peer.invite}", highlight=False, markup=False)
+                    where = "" if host not in ("127.0.0.1", "localhost", "::1") else " on this machine (see --host)"
+                    out.print(f"Others{where} join with:", highlight=False)
+                    out.print(f"  bsns serve {shlex.quote(model)} --join {peer.invite}", highlight=False, markup=False)
+                    out.print("and use it with:")
+                    out.print(f"  bsns chat {shlex.quote(model)} --join {peer.invite}", highlight=False, markup=False)
             await asyncio.Event().wait()
-        finally:
-            if watching:
-                watching.cancel()
-            await server.close()
 
-    run(verb(), as_json=as_json)
+    run(verb(), as_json=as_json, leashed=leashed is not None)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run
+from bsns.cli.up import in_block_order
 from bsns.core.blocks import missing_blocks
 
 if TYPE_CHECKING:
@@ -16,42 +18,62 @@ if TYPE_CHECKING:
 def status(join: JoinOption, as_json: JsonFlag = False) -> None:
     """Show the swarm's nodes, what each holds, and what is missing.
 
-    Example: bsns status --join bsns1-…
+    Example:
+      bsns status --join bsns1-…
     """
 
     async def verb() -> None:
-        from bsns.node.observe import observe
+        with doing("loading libraries", quiet=as_json) as say:
+            from bsns.node.observe import observe
 
-        with doing("asking the swarm", quiet=as_json):
-            nodes = await observe(join)
+            say("asking the swarm")
+            nodes = in_block_order(await observe(join))
         if as_json:
             emit({"nodes": [as_dict(node) for node in nodes], "missing": missing(nodes)})
             return
-        view = Table("node", "model", "device", "blocks", "state", "executor", "cache left", "block time", "round trip")
-        for node in nodes:
-            record = node.record
-            left = node.now.cache_tokens_left if node.now else record.cache_tokens_left
-            time_s = node.now.block_time_s if node.now else record.block_time_s
-            view.add_row(
-                f"…{record.peer[-8:]}",
-                record.model_name,
-                f"{record.device} {record.dtype}",
-                str(record.blocks),
-                record.state if node.error is None else f"[red]{node.error}[/]",
-                record.executor,
-                f"{left} of {record.cache_tokens}",
-                f"{time_s * 1e3:.2f} ms",
-                f"{node.round_trip_s * 1e3:.2f} ms" if node.round_trip_s is not None else "–",
-            )
-        out.print(view if nodes else "The swarm has no nodes.")
+        if not nodes:
+            out.print("The swarm has no nodes; start one with: bsns serve MODEL --join INVITE", highlight=False)
+            return
+        out.print(table(nodes))
         for model, gaps in missing(nodes).items():
-            out.print(f"[yellow]{model}: nobody serves blocks {', '.join(gaps)}[/]")
+            out.print(
+                f"nobody serves blocks {', '.join(gaps)} of {model}; "
+                f"start a node with: bsns serve MODEL --blocks {gaps[0]} --join INVITE",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
+        for node in nodes:
+            if node.error is not None:
+                out.print(f"{node.error}", style="red", markup=False, highlight=False)
 
     run(verb(), as_json=as_json)
 
 
+def table(nodes: list[NodeStatus]) -> Table:
+    """One row per node, in the order of the blocks."""
+    models = {node.record.model_name for node in nodes}
+    title = f"{models.pop()}, {nodes[0].record.block_count} blocks" if len(models) == 1 else None
+    columns = ("blocks", "node", "device", "state", "cache left", "sessions", "block time", "round trip")
+    view = Table(*(columns if title else ("model", *columns)), title=title, title_justify="left")
+    for node in nodes:
+        record, now = node.record, node.now
+        cells = (
+            str(record.blocks),
+            f"…{record.peer[-8:]}",
+            f"{record.device} {record.dtype}",
+            record.state if node.error is None else Text("no answer", style="red"),
+            f"{now.cache_tokens_left if now else record.cache_tokens_left} of {record.cache_tokens}",
+            str(now.sessions) if now else "–",
+            f"{(now.block_time_s if now else record.block_time_s) * 1e3:.2f} ms",
+            f"{node.round_trip_s * 1e3:.2f} ms" if node.round_trip_s is not None else "–",
+        )
+        view.add_row(*(cells if title else (record.model_name, *cells)))
+    return view
+
+
 def missing(nodes: list[NodeStatus]) -> dict[str, list[str]]:
-    """For each model that is not fully covered the ranges nobody serves."""
+    """For each model that is not fully covered the ranges nobody serves; a node that does not answer serves none."""
     models = {node.record.model: node.record for node in nodes}
     gaps = {
         record.model_name: missing_blocks(
@@ -64,6 +86,7 @@ def missing(nodes: list[NodeStatus]) -> dict[str, list[str]]:
 
 
 def as_dict(node: NodeStatus) -> dict[str, Any]:
+    """A node as `--json` prints it."""
     record, now = node.record, node.now
     return {
         "id": record.peer,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import shlex
 import statistics
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,23 +13,28 @@ import typer
 from rich.table import Table
 
 from bsns.cli import sampling_options as sampling
-from bsns.cli.console import DtypeOption, JsonFlag, doing, emit, err, out, run
+from bsns.cli.console import DtypeOption, JsonFlag, ModelArgument, doing, emit, err, out, run, see_through
+from bsns.core.errors import BadOption
 
 if TYPE_CHECKING:
     from bsns.client.generate import Stats
+    from bsns.client.sampling import SamplingOptions
     from bsns.node.client import Client
+    from bsns.node.local import LocalSwarm
     from bsns.node.view import NodeStatus
 
 
 def up(
-    model: Annotated[str, typer.Argument(help="smollm2-135m, a directory, a .gguf file or a Hugging Face id.")],
-    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, max=64, help="How many node processes.")] = 3,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this, then take the swarm down.")] = None,
+    model: ModelArgument,
+    nodes: Annotated[int, typer.Option("--nodes", "-n", min=1, metavar="N", help="How many node processes.")] = 3,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this, then take the swarm down.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Talk with the model.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    raw: sampling.RawFlag = False,
     dtype: DtypeOption = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Compute threads per node.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Compute threads per node.")] = 1,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -39,89 +47,130 @@ def up(
 ) -> None:
     """Start a swarm of node processes on this machine, and use it.
 
-    Without --prompt or --chat it stays up until Ctrl-C and prints the invite for other terminals. It never outlives the
-    process that started it.
+    Without --prompt or --chat it stays up until Ctrl-C and prints the invite for other terminals. It never outlives
+    the process that started it.
 
-    Example: bsns up smollm2-135m --nodes 3 --prompt "What is the capital of France?"
+    Example:
+      bsns up smollm2-135m --nodes 3 --prompt "What is the capital of France?"
     """
+    parent = os.getppid()
 
     async def verb() -> None:
-        from bsns.client.sampling import SamplingOptions
-        from bsns.model.source import resolve
-        from bsns.node.client import Client
-        from bsns.node.leash import watch_parent
-        from bsns.node.local import LocalSwarm
-        from bsns.planning.joining import equal_split
+        if chat and (as_json or prompt is not None):
+            raise BadOption("--chat is for people; give it without --json and --prompt")
+        if prompt is not None:
+            check_prompt(prompt)
+        async with contextlib.AsyncExitStack() as stack:
+            with doing("loading libraries", quiet=as_json) as say:
+                from bsns.client.sampling import SamplingOptions
+                from bsns.model.source import resolve
+                from bsns.node.client import Client
+                from bsns.node.leash import watch_parent
+                from bsns.node.local import LocalSwarm
+                from bsns.planning.joining import equal_split
 
-        options = SamplingOptions(
-            temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
-        )
-        watching = asyncio.create_task(watch_parent(asyncio.current_task()))
-        with doing("looking at the model", quiet=as_json) as update:
-            source = await asyncio.to_thread(resolve, model, progress=lambda what, _: update(what))
-            ranges = equal_split(source.block_count, nodes)
-            state = ["starting"] * nodes
+                options = SamplingOptions(
+                    temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
+                )
+                watching = asyncio.create_task(watch_parent(asyncio.current_task(), parent))
+                stack.callback(watching.cancel)
+                say("looking at the model")
+                source = await asyncio.to_thread(resolve, model, progress=say)
+                if nodes > source.block_count:
+                    raise BadOption(
+                        f"{source.name} has {source.block_count} blocks, too few for {nodes} nodes; "
+                        f"give --nodes 1 to {source.block_count}"
+                    )
+                say(f"starting {nodes} {_nodes(nodes)}")
+                swarm = LocalSwarm(
+                    model,
+                    equal_split(source.block_count, nodes),
+                    dtype=dtype,
+                    device=device,
+                    threads=threads,
+                    told=lambda number, what: say(f"node {number + 1} · {what}", line=number + 1),
+                )
+                await swarm.__aenter__()
+                stack.push_async_callback(_take_down, swarm, quiet=as_json)
+                say("opening the model's ends")
+                client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=dtype))
+            if not as_json:
+                err.print(f"[green]{nodes} {_nodes(nodes)} serve{'s' * (nodes == 1)} {source.name}[/]", highlight=False)
+            if chat:
+                from bsns.cli.chat import converse
 
-            def told(number: int, what: str) -> None:
-                state[number] = what
-                update(" · ".join(f"node {i + 1}: {s}" for i, s in enumerate(state)))
-
-            update(f"starting {nodes} nodes")
-            swarm = LocalSwarm(model, ranges, dtype=dtype, device=device, threads=threads, told=told)
-            await swarm.__aenter__()
-        try:
-            async with Client.on(swarm.peer, source, dtype=dtype) as client:
-                if not as_json:
-                    err.print(f"[green]{nodes} nodes serve {source.name}[/]")
-                if chat:
-                    from bsns.cli.chat import converse
-
-                    await converse(client, options)
-                elif prompt is not None:
-                    await answer(client, prompt, options, raw=raw, as_json=as_json)
+                await converse(client, options)
+            elif prompt is not None:
+                await answer(client, prompt, options, raw=raw, as_json=as_json)
+            else:
+                if as_json:
+                    emit({"event": "serving", "invite": swarm.peer.invite})
                 else:
-                    if as_json:
-                        emit({"event": "serving", "invite": swarm.peer.invite})
-                    else:
-                        out.print("Use it from another terminal (Ctrl-C ends the swarm):")
-                        out.print(f"  bsns chat {model} --join {swarm.peer.invite}", highlight=False, markup=False)
-                    await asyncio.Event().wait()
-        finally:
-            watching.cancel()
-            with doing("taking the swarm down", quiet=as_json):
-                await swarm.close()
+                    out.print("Use it from another terminal (Ctrl-C ends the swarm):")
+                    out.print(
+                        f"  bsns chat {shlex.quote(model)} --join {swarm.peer.invite}", highlight=False, markup=False
+                    )
+                raise await swarm.lost()
 
     run(verb(), as_json=as_json)
 
 
-async def answer(client: Client, prompt: str, options: Any, *, raw: bool, as_json: bool) -> None:
+async def _take_down(swarm: LocalSwarm, *, quiet: bool) -> None:
+    with doing("taking the swarm down", quiet=quiet):
+        await see_through(swarm.close())
+
+
+def _nodes(count: int) -> str:
+    return "node" if count == 1 else "nodes"
+
+
+def check_prompt(text: str) -> None:
+    """Raises BadOption for a prompt without a word in it."""
+    if not text.strip():
+        raise BadOption('the prompt is empty; say something, for example --prompt "Name three rivers."')
+
+
+async def answer(client: Client, prompt: str, options: SamplingOptions, *, raw: bool, as_json: bool) -> None:
     """Stream one answer and report what it cost."""
     from bsns.client.generate import Stats
 
     stats = Stats()
-    text = ""
-    async for piece in client.stream(prompt, options, raw=raw, stats=stats):
-        text += piece.text
-        if not as_json:
-            out.print(piece.text, end="", markup=False, highlight=False)
-    nodes = await client.status()
+    text, finished = "", None
+    try:
+        async with contextlib.aclosing(client.stream(prompt, options, raw=raw, stats=stats)) as pieces:
+            async for piece in pieces:
+                text, finished = text + piece.text, piece.finished
+                if not as_json:
+                    out.print(piece.text, end="", markup=False, highlight=False)
+    finally:
+        if text and not as_json:
+            out.print()
+    nodes = in_block_order(await client.status())
     if as_json:
-        emit(report(text, stats, nodes))
+        emit(report(text, finished, stats, nodes))
         return
-    out.print()
     err.print()
     err.print(table(stats, nodes))
+    cut = f" (cut off at {stats.tokens}; see --max-tokens)" if finished == "length" else ""
     err.print(
-        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_ms:.0f} ms; "
+        f"{stats.tokens} tokens{cut}, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_ms:.0f} ms; "
         f"our own time per hop {_median(stats.own_ms_per_hop()):.2f} ms",
         highlight=False,
     )
 
 
-def report(text: str, stats: Stats, nodes: list[NodeStatus]) -> dict[str, Any]:
+def in_block_order(nodes: list[NodeStatus]) -> list[NodeStatus]:
+    """Nodes as a token meets them."""
+    return sorted(
+        nodes, key=lambda node: (node.record.model_name, node.record.start, node.record.end, node.record.peer)
+    )
+
+
+def report(text: str, finished: str | None, stats: Stats, nodes: list[NodeStatus]) -> dict[str, Any]:
     """The answer as one JSON object."""
     return {
         "text": text,
+        "finished": finished,
         "tokens": stats.tokens,
         "prompt_tokens": stats.prompt_tokens,
         "tokens_per_s": round(stats.tokens_per_s, 2),
@@ -148,15 +197,13 @@ def table(stats: Stats, nodes: list[NodeStatus]) -> Table:
     view = Table("node", "blocks", "device", "memory", "compute / token", "inside the node")
     times = {peer: (compute, inside) for peer, _, compute, inside in _hops(stats)}
     for node in nodes:
-        compute, inside = times.get(node.record.peer, (0.0, 0.0))
         rss = node.now.rss_bytes if node.now else node.record.rss_bytes
         view.add_row(
             f"…{node.record.peer[-8:]}",
             str(node.record.blocks),
             node.record.device,
             f"{rss / 1e6:.0f} MB",
-            f"{compute:.2f} ms",
-            f"{inside:.2f} ms",
+            *(f"{time_ms:.2f} ms" if time_ms else "–" for time_ms in times.get(node.record.peer, (0.0, 0.0))),
         )
     return view
 

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import PeerFailed, PeerTimedOut, error_from_wire
+from bsns.core.errors import BsnsError, PeerFailed, PeerTimedOut, error_from_wire
 from bsns.node.peer import Listen, Peer
 
 START_DEADLINE_S = 180.0
@@ -51,6 +53,7 @@ class LocalSwarm:
 
     @property
     def processes(self) -> list[asyncio.subprocess.Process]:
+        """The nodes' processes, in the order of the ranges."""
         return self._processes
 
     async def __aenter__(self) -> LocalSwarm:
@@ -58,10 +61,14 @@ class LocalSwarm:
         try:
             self._peer = await Peer.found(Listen())
             async with asyncio.timeout(START_DEADLINE_S):
-                await asyncio.gather(*(self._start(number, blocks) for number, blocks in enumerate(self._ranges)))
+                for number, blocks in enumerate(self._ranges):
+                    self._processes.append(await self._spawn(number, blocks))
+                await _all(self._until_serving(number) for number in range(len(self._processes)))
         except TimeoutError:
             await self.close()
-            raise PeerTimedOut(f"the nodes did not come up within {START_DEADLINE_S:g} s") from None
+            raise PeerTimedOut(
+                f"the nodes did not come up within {START_DEADLINE_S:g} s; try fewer, or a smaller model"
+            ) from None
         except BaseException:
             await self.close()
             raise
@@ -72,6 +79,18 @@ class LocalSwarm:
     ) -> None:
         await self.close()
 
+    async def lost(self) -> BsnsError:
+        """Wait until a node's process ends that nobody asked to end; the error that says which."""
+        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        number = next(n for n, process in enumerate(self._processes) if process.returncode is not None)
+        how = _how(self._processes[number].returncode)
+        return PeerFailed(f"node {number + 1} {how}; nobody holds blocks {self._ranges[number]} now")
+
     async def close(self) -> None:
         """Ask every node to leave, and kill those that do not within `STOP_DEADLINE_S`."""
         await asyncio.gather(*(_stop(process) for process in self._processes))
@@ -79,26 +98,59 @@ class LocalSwarm:
             await self._peer.close()
             self._peer = None
 
-    async def _start(self, number: int, blocks: BlockRange) -> None:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "bsns.cli.main", "serve", self._model),
-            *("--blocks", str(blocks), "--json", "--leashed", *self._arguments),
-            stdin=asyncio.subprocess.PIPE,
+    async def _spawn(self, number: int, blocks: BlockRange) -> asyncio.subprocess.Process:
+        self._told(number, f"blocks {blocks}: starting")
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "bsns.cli.main", "serve"),
+            *("--blocks", str(blocks), "--json", "--leashed", str(os.getpid()), *self._arguments, "--", self._model),
+            stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"BSNS_INVITE": self.peer.invite, "OMP_NUM_THREADS": str(self._threads)},
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
-        self._processes.append(process)
+
+    async def _until_serving(self, number: int) -> None:
+        process, name = self._processes[number], f"node {number + 1}"
         assert process.stdout is not None
         while line := await process.stdout.readline():
-            event = json.loads(line)
-            if event["event"] == "serving":
-                self._told(number, "serving")
-                return
-            if event["event"] == "error":
-                raise error_from_wire(event["code"], f"node {number + 1}: {event['message']}")
-            self._told(number, event["what"])
-        raise PeerFailed(f"node {number + 1} ended with status {await process.wait()} before it served")
+            match _event(line):
+                case {"event": "serving"}:
+                    self._told(number, f"blocks {self._ranges[number]}: serving")
+                    return
+                case {"event": "error", "code": str(code), "message": str(message)}:
+                    raise error_from_wire(code, f"{name}: {message}")
+                case {"event": "progress", "what": str(what)}:
+                    self._told(number, f"blocks {self._ranges[number]}: {what}")
+                case _:
+                    continue  # a library's own words
+        raise PeerFailed(f"{name} {_how(await process.wait())} before it served")
+
+
+async def _all(starting: Any) -> None:
+    """All of them, or the first error; those that run still are cancelled then, and have ended."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in starting]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _event(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _how(status: int | None) -> str:
+    """How a process ended, in words."""
+    if status is not None and status < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-status).name
+            return f"was ended by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
+    return f"ended with status {status}"
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
