@@ -34,7 +34,7 @@ from bsns.transport.port import Stream
 from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.executor import Executor
 from bsns.worker.relay import Dial, Relay
-from bsns.worker.sessions import SessionTable
+from bsns.worker.sessions import Session, SessionTable
 
 log = structlog.get_logger(__name__)
 
@@ -56,7 +56,7 @@ class Worker:
     ) -> None:
         self._executor = executor
         self.sessions = sessions
-        self._relay = Relay(dial)
+        self._relay = Relay(dial, self._on_next_lost)
         self._batcher = Batcher()
         self._awake = threading.Condition()
         self._stopping = False
@@ -74,14 +74,12 @@ class Worker:
     async def serve(self, stream: Stream) -> None:
         """Talk with one admitted peer until its stream ends; then free whatever it had opened."""
         try:
-            while True:
-                message, buffers = await stream.receive()
-                await self._answer(stream, message, buffers)
+            await stream.each(lambda message, buffers: self._answer(stream, message, buffers))
         except PeerLost:
             return
         except ProtocolError as error:
             log.warning("peer broke the protocol", peer=stream.peer, error=error.message)
-            await stream.send(Refusal(error.code, error.message))
+            self._post(stream, Refusal(error.code, error.message))
         finally:
             if self._clients.get(stream.peer) is stream:
                 del self._clients[stream.peer]
@@ -111,40 +109,46 @@ class Worker:
         await self._relay.close()
         await asyncio.to_thread(self._thread.join, 10.0)
 
-    async def _answer(self, stream: Stream, message: Message, buffers: Sequence[memoryview]) -> None:
+    def _answer(self, stream: Stream, message: Message, buffers: Sequence[memoryview]) -> None:
         match message:
             case Step():
-                await self._accept(stream, message, buffers)
+                self._accept(stream, message, buffers)
             case Open():
-                self._spawn(self._open(stream, message))
+                self._open(stream, message)
             case Close():
                 if self.sessions.close(message.session, stream.peer):
                     self._free(message.session)
-                await stream.send(Closed(message.session, self.sessions.cache_tokens_left))
+                self._post(stream, Closed(message.session, self.sessions.cache_tokens_left))
             case Ping():
-                await stream.send(Pong(message.nonce))
+                self._post(stream, Pong(message.nonce))
             case Describe():
-                await stream.send(self.description())
+                self._post(stream, self.description())
             case _:
                 raise BadFrame(f"a stage does not take {type(message).__name__}")
 
-    async def _open(self, stream: Stream, message: Open) -> None:
+    def _open(self, stream: Stream, message: Open) -> None:
+        """Admit a session before the stream's next message or end, so that whoever leaves now has it freed."""
         try:
             session = self.sessions.open(message, stream.peer, self._now_s())
-            self._clients[stream.peer] = stream
-            self._executor.open(session.id, session.max_tokens)
-            try:
-                if session.next is not None:
-                    await self._relay.connect(session.next, session.next_addresses)
-            except BsnsError:
-                self.sessions.close(session.id, stream.peer)
-                self._free(session.id)
-                raise
-            await stream.send(Opened(session.id, self.sessions.cache_tokens_left))
         except BsnsError as error:
-            await self._report(stream, message.session, error)
+            self._report(stream, message.session, error)
+            return
+        self._clients[stream.peer] = stream
+        self._executor.open(session.id, session.max_tokens)
+        self._spawn(self._connect(stream, session))
 
-    async def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
+    async def _connect(self, stream: Stream, session: Session) -> None:
+        try:
+            if session.next is not None:
+                await self._relay.connect(session.next, session.next_addresses)
+            self._post(stream, Opened(session.id, self.sessions.cache_tokens_left))
+        except BsnsError as error:
+            if self.sessions.get(session.id) is session:
+                self.sessions.close(session.id, session.client)
+                self._free(session.id)
+            self._report(stream, session.id, error)
+
+    def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
         """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for a whole frame."""
         if not 1 <= len(message.parts) <= MAX_PARTS or any(part.rows < 1 for part in message.parts):
             raise BadFrame(f"a step of {len(message.parts)} parts; 1 to {MAX_PARTS} of at least a row each are allowed")
@@ -160,7 +164,7 @@ class Worker:
             try:
                 session = self.sessions.step(part, stream.peer, now_s)
             except BsnsError as error:
-                await self._report(self._client_of(part.session, stream), part.session, error)
+                self._report(self._client_of(part.session, stream), part.session, error)
             else:
                 body = buffers[0][offset * row_bytes : (offset + part.rows) * row_bytes]
                 accepted.append(Work(session, part, body, now_s))
@@ -185,7 +189,7 @@ class Worker:
             except Exception as error:
                 log.exception("a batch failed", rows=batch.rows)
                 failure = PeerFailed(f"computing blocks {batch.blocks} failed: {type(error).__name__}")
-                self._loop.call_soon_threadsafe(self._spawn_failure, batch, failure)
+                self._loop.call_soon_threadsafe(self._deliver_failure, batch, failure)
                 continue
             finished_s = self._now_s()
             self._loop.call_soon_threadsafe(self._deliver, batch, outputs, finished_s)
@@ -206,11 +210,9 @@ class Worker:
             onward = work.session.next
             groups[(onward is not None, onward or work.session.client)].append((work, output))
         for (forward, peer), members in groups.items():
-            self._spawn(self._pass_on(forward, peer, members, compute_ms))
+            self._pass_on(forward, peer, members, compute_ms)
 
-    async def _pass_on(
-        self, forward: bool, peer: PeerId, members: list[tuple[Work, memoryview]], compute_ms: float
-    ) -> None:
+    def _pass_on(self, forward: bool, peer: PeerId, members: list[tuple[Work, memoryview]], compute_ms: float) -> None:
         hidden, dtype = self._executor.hidden_size, self._executor.dtype
         row_bytes = hidden * DTYPE_BYTES[dtype]
         sent_s = self._now_s()
@@ -229,37 +231,47 @@ class Worker:
         sessions = [work.session for work, _ in members]
         try:
             if forward:
-                await self._relay.send(peer, sessions[0].next_addresses, Step(tuple(parts), tensors), buffers)
+                self._relay.post(peer, Step(tuple(parts), tensors), buffers)
             else:
-                stream = self._clients.get(peer)
-                if stream is not None:
-                    await stream.send(Result(tuple(parts), tensors), buffers)
+                self._post(self._clients.get(peer), Result(tuple(parts), tensors), buffers)
         except BsnsError as error:
             for session in sessions:
-                await self._report(self._clients.get(session.client), session.id, error)
+                self._report(self._clients.get(session.client), session.id, error)
 
-    async def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
-        """Tell a client that its session failed; a client that is gone needs no telling."""
+    def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
+        """Tell a client that its session failed."""
+        self._post(stream, Failure(session, error.code, error.message))
+
+    def _post(self, stream: Stream | None, message: Message, buffers: Sequence[memoryview] = ()) -> None:
+        """Send to a client; one that is gone needs no telling, its sessions are freed when its stream ends."""
         if stream is None:
             return
         try:
-            await stream.send(Failure(session, error.code, error.message))
-        except BsnsError as lost:
-            log.info("a failure found nobody to hear it", session=session, error=error.message, reason=lost.message)
+            stream.post(message, buffers)
+        except PeerLost as lost:
+            log.info("nobody there to hear", peer=stream.peer, message=type(message).__name__, reason=lost.message)
+
+    def _on_next_lost(self, peer: PeerId) -> None:
+        """Tell the clients of every session that went on through a next stage that is gone."""
+        error = PeerLost(f"the next stage {peer} is gone")
+        for session in self.sessions.onward_to(peer):
+            self._report(self._clients.get(session.client), session.id, error)
 
     def _client_of(self, session: SessionId, sender: Stream) -> Stream:
-        """Who must hear of a session's failure: its client if we know it, else whoever sent the step."""
+        """Who must hear of a failed step: the session's client, but of a step that is none of its own, its sender."""
         held = self.sessions.get(session)
-        return self._clients.get(held.client, sender) if held is not None else sender
+        if held is None or sender.peer not in (held.client, held.previous):
+            return sender
+        return self._clients.get(held.client, sender)
 
     def _free(self, session: SessionId) -> None:
         with self._awake:
             self._batcher.drop(session)
         self._executor.close(session)
 
-    def _spawn_failure(self, batch: Batch, error: BsnsError) -> None:
+    def _deliver_failure(self, batch: Batch, error: BsnsError) -> None:
         for work in batch.works:
-            self._spawn(self._report(self._clients.get(work.session.client), work.session.id, error))
+            self._report(self._clients.get(work.session.client), work.session.id, error)
 
     async def _sweep(self) -> None:
         while True:

@@ -1,0 +1,526 @@
+"""Workers in conversation: what honest peers get, and what the others get instead."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from memory_swarm import MODEL, MemorySwarm, Node
+
+from bsns.core.blocks import BlockRange
+from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, PREFIX, Message
+from bsns.protocol.greeting import Refusal, Welcome
+from bsns.protocol.inference import (
+    MAX_PARTS,
+    Close,
+    Closed,
+    Describe,
+    Description,
+    Failure,
+    Open,
+    Opened,
+    Part,
+    Ping,
+    Pong,
+    Result,
+    Step,
+)
+from bsns.protocol.tensors import TensorSpec
+from bsns.transport.memory import MemoryStream
+from bsns.worker.batching import Batch
+
+HIDDEN = 4
+DEADLINE_S = 5.0
+HELD = BlockRange(0, 2)
+
+
+class Adder:
+    """An executor that adds one, knows which caches are open, and can be told to fail or to wait."""
+
+    name = "adder"
+    hidden_size = HIDDEN
+    dtype = "float32"
+    device = "cpu"
+
+    def __init__(self, blocks: BlockRange = HELD) -> None:
+        self.blocks = blocks
+        self.open_sessions: set[SessionId] = set()
+        self.error: Exception | None = None
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self.running = threading.Event()
+        self.batches: list[Batch] = []
+
+    def open(self, session: SessionId, max_tokens: int) -> None:
+        self.open_sessions.add(session)
+
+    def close(self, session: SessionId) -> None:
+        self.open_sessions.discard(session)
+
+    def run(self, batch: Batch) -> list[memoryview]:
+        self.running.set()
+        assert self.may_run.wait(DEADLINE_S)
+        self.batches.append(batch)
+        if self.error is not None:
+            raise self.error
+        return [memoryview((np.frombuffer(work.hidden, np.float32) + 1).tobytes()) for work in batch.works]
+
+
+class Caller:
+    """The near end of a stream to a worker, spoken by hand."""
+
+    def __init__(self, stream: MemoryStream) -> None:
+        self.stream = stream
+
+    async def say(self, message: Message, *buffers: bytes) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await self.stream.send(message, buffers)
+
+    async def hear(self) -> tuple[Message, list[memoryview]]:
+        async with asyncio.timeout(DEADLINE_S):
+            return await self.stream.receive()
+
+    async def ask(self, message: Message, *buffers: bytes) -> Message:
+        await self.say(message, *buffers)
+        return (await self.hear())[0]
+
+    async def step(self, position: int, rows: int, *, wanted: int | None = None, session: int = 1) -> None:
+        """Rows whose numbers are their position."""
+        part = Part(SessionId(session), position, rows, rows if wanted is None else wanted)
+        await self.say(*frame(part, hidden(position, rows)))
+
+    async def failure(self) -> Failure:
+        message, _ = await self.hear()
+        assert isinstance(message, Failure)
+        return message
+
+    async def result(self) -> tuple[Result, np.ndarray[Any, Any]]:
+        message, buffers = await self.hear()
+        assert isinstance(message, Result)
+        return message, np.frombuffer(buffers[0], np.float32).reshape(message.tensors[0].shape)
+
+
+def hidden(position: int, rows: int) -> np.ndarray[Any, Any]:
+    return np.repeat(np.arange(position, position + rows, dtype=np.float32)[:, None], HIDDEN, axis=1)
+
+
+def frame(part: Part, values: np.ndarray[Any, Any]) -> tuple[Step, bytes]:
+    return Step((part,), (TensorSpec.raw("hidden", "float32", values.shape),)), values.tobytes()
+
+
+def opening(node: Node, session: int = 1, **changes: Any) -> Open:
+    held = node.worker.sessions.held
+    plain = Open(SessionId(session), MODEL, held.start, held.end, "float32", 32, 1, None)
+    return msgspec.structs.replace(plain, **changes)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, turn by turn of the loop; fail after the deadline."""
+    give_up_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < give_up_s, "it did not come about"
+        await asyncio.sleep(0.001)
+
+
+class Bench:
+    """Nodes with Adders, and callers."""
+
+    def __init__(self, swarm: MemorySwarm) -> None:
+        self.swarm = swarm
+        self.executors: dict[str, Adder] = {}
+
+    async def node(self, name: str, blocks: BlockRange = HELD, **limits: Any) -> Node:
+        self.executors[name] = Adder(blocks)
+        return await self.swarm.add_node(
+            name, self.executors[name], block_count=8, context_tokens=64, **{"cache_tokens": 128, **limits}
+        )
+
+    async def call(self, node: Node, name: str = "client") -> Caller:
+        known = self.swarm.network.reach(PeerId(""), PeerId(name))
+        return Caller(await (known or self.swarm.network.transport(name)).dial(node.transport.peer))
+
+
+@pytest.fixture
+async def bench(swarm: MemorySwarm) -> AsyncIterator[Bench]:
+    bench = Bench(swarm)
+    yield bench
+    for executor in bench.executors.values():
+        executor.may_run.set()
+
+
+async def serves(bench: Bench, node: Node) -> bool:
+    """An honest client is served from open to close."""
+    honest = await bench.call(node, "honest")
+    assert isinstance(await honest.ask(opening(node, 4711)), Opened)
+    await honest.step(0, 2, session=4711)
+    _, rows = await honest.result()
+    assert isinstance(await honest.ask(Close(SessionId(4711))), Closed)
+    await honest.stream.close()
+    return bool(np.array_equal(rows, hidden(0, 2) + 1))
+
+
+async def test_open_step_close(bench: Bench) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    assert await caller.ask(opening(node)) == Opened(SessionId(1), 96)
+    await caller.step(0, 3, wanted=1)
+    result, rows = await caller.result()
+    (part,) = result.parts
+    assert (part.session, part.position, part.rows, part.wanted) == (1, 0, 3, 1)
+    assert len(part.hops) == 1
+    assert np.array_equal(rows, hidden(2, 1) + 1)
+    await caller.step(3, 2, wanted=0)
+    result, rows = await caller.result()
+    assert (result.parts[0].wanted, rows.shape) == (0, (0, HIDDEN))
+    await caller.step(1, 2)  # back: overwrites
+    assert np.array_equal((await caller.result())[1], hidden(1, 2) + 1)
+    assert await caller.ask(Close(SessionId(1))) == Closed(SessionId(1), 128)
+    assert bench.executors["n"].open_sessions == set()
+    assert (node.worker.steps, node.worker.rows) == (3, 7)
+
+
+async def test_small_talk(bench: Bench) -> None:
+    node = await bench.node("n", BlockRange(1, 4))
+    caller = await bench.call(node)
+    assert await caller.ask(Ping(77)) == Pong(77)
+    await caller.ask(opening(node))
+    described = await caller.ask(Describe())
+    assert isinstance(described, Description)
+    assert (described.start, described.end, described.sessions) == (1, 4, 1)
+    assert (described.cache_tokens, described.cache_tokens_left) == (128, 96)
+
+
+async def test_a_frame_may_carry_many_sessions(bench: Bench) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    for session in (1, 2, 3):
+        assert isinstance(await caller.ask(opening(node, session)), Opened)
+    parts = (Part(SessionId(1), 0, 2, 1), Part(SessionId(2), 5, 1, 1), Part(SessionId(3), 0, 1, 1))
+    values = np.concatenate([hidden(10, 2), hidden(20, 1), hidden(30, 1)])
+    await caller.say(Step(parts, (TensorSpec.raw("hidden", "float32", values.shape),)), values.tobytes())
+    heard: dict[int, float] = {}
+    failed: list[Failure] = []
+    while len(heard) + len(failed) < 3:
+        message, buffers = await caller.hear()
+        if isinstance(message, Failure):
+            failed.append(message)
+            continue
+        assert isinstance(message, Result)
+        rows = np.frombuffer(buffers[0], np.float32).reshape(-1, HIDDEN)
+        heard.update({part.session: float(row[0]) for part, row in zip(message.parts, rows, strict=True)})
+    assert heard == {1: 12.0, 3: 31.0}  # each its own rows, though the one between them failed
+    assert [(failure.session, failure.code) for failure in failed] == [(2, "PositionGap")]
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+async def test_stages_pass_on_and_the_last_returns(bench: Bench, stages: int) -> None:
+    nodes = [await bench.node(f"n{i}", BlockRange(2 * i, 2 * i + 2)) for i in range(stages)]
+    callers = [await bench.call(node) for node in nodes]
+    for i, (node, caller) in enumerate(zip(nodes, callers, strict=True)):
+        opened = await caller.ask(
+            opening(
+                node,
+                depth=stages,
+                next_peer=f"n{i + 1}" if i + 1 < stages else None,
+                previous_peer=f"n{i - 1}" if i else None,
+            )
+        )
+        assert isinstance(opened, Opened)
+    for position, rows in ((0, 5), (5, 1), (6, 1)):
+        await callers[0].step(position, rows, wanted=1)
+        result, values = await callers[-1].result()
+        assert np.array_equal(values, hidden(position + rows - 1, 1) + stages)
+        assert len(result.parts[0].hops) == stages
+        assert all(inside_ms >= compute_ms >= 0 for inside_ms, compute_ms in result.parts[0].hops)
+    assert [node.worker.rows for node in nodes] == [7] * stages
+
+
+def step_with(spec: TensorSpec, body: bytes, *parts: Part) -> tuple[Step, bytes]:
+    return Step(parts, (spec,)), body
+
+
+ONE = Part(SessionId(1), 0, 1, 1)
+WRONG_FRAMES: dict[str, tuple[str, tuple[Message, bytes]]] = {
+    "wrong dtype": ("BadTensor", step_with(TensorSpec.raw("hidden", "bfloat16", (1, HIDDEN)), bytes(8), ONE)),
+    "wrong width": ("BadTensor", step_with(TensorSpec.raw("hidden", "float32", (1, 5)), bytes(20), ONE)),
+    "wrong row count": ("BadTensor", step_with(TensorSpec.raw("hidden", "float32", (2, HIDDEN)), bytes(32), ONE)),
+    "wrong rank": ("BadTensor", step_with(TensorSpec.raw("hidden", "float32", (HIDDEN,)), bytes(16), ONE)),
+    "wrong name": ("BadTensor", step_with(TensorSpec.raw("h", "float32", (1, HIDDEN)), bytes(16), ONE)),
+    "no tensor": ("BadTensor", (Step((ONE,), ()), b"")),
+    "unknown dtype": ("BadTensor", step_with(TensorSpec("hidden", "complex64", (1, HIDDEN), 32), bytes(32), ONE)),
+    "unknown codec": ("BadTensor", step_with(TensorSpec("hidden", "float32", (1, HIDDEN), 16, "zip"), bytes(16), ONE)),
+    "lying about bytes": ("BadTensor", step_with(TensorSpec("hidden", "float32", (1, HIDDEN), 8), bytes(8), ONE)),
+    "short body": ("BadTensor", step_with(TensorSpec.raw("hidden", "float32", (1, HIDDEN)), bytes(12), ONE)),
+    "long body": ("BadTensor", step_with(TensorSpec.raw("hidden", "float32", (1, HIDDEN)), bytes(17), ONE)),
+    "negative shape": ("BadTensor", step_with(TensorSpec("hidden", "float32", (-1, -4), 16), bytes(16), ONE)),
+    "no parts": ("BadFrame", (Step((), (TensorSpec.raw("hidden", "float32", (0, HIDDEN)),)), b"")),
+    "no rows": (
+        "BadFrame",
+        step_with(TensorSpec.raw("hidden", "float32", (0, HIDDEN)), b"", Part(SessionId(1), 0, 0, 0)),
+    ),
+    "rows that cancel out": (
+        "BadFrame",
+        step_with(
+            TensorSpec.raw("hidden", "float32", (1, HIDDEN)),
+            bytes(16),
+            Part(SessionId(1), 0, 2, 0),
+            Part(SessionId(1), 0, -1, 0),
+        ),
+    ),
+    "too many parts": (
+        "BadFrame",
+        step_with(
+            TensorSpec.raw("hidden", "float32", (MAX_PARTS + 1, HIDDEN)),
+            bytes(16 * (MAX_PARTS + 1)),
+            *[ONE] * (MAX_PARTS + 1),
+        ),
+    ),
+    "not for a stage": ("BadFrame", (Pong(1), b"")),
+    "a second greeting": ("BadFrame", (Welcome(1, None), b"")),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FRAMES)
+async def test_wrong_frames_are_refused_and_end_the_stream(bench: Bench, name: str) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    code, (message, body) = WRONG_FRAMES[name]
+    answer = await caller.ask(message, body)
+    assert isinstance(answer, Refusal)
+    assert answer.code == code
+    await until(lambda: len(node.worker.sessions) == 0)
+    assert bench.executors["n"].open_sessions == set()
+    assert bench.executors["n"].batches == []
+    assert await serves(bench, node)
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (PREFIX.pack(MAX_HEADER_BYTES + 1, 0), "FrameTooLarge"),
+        (PREFIX.pack(10, MAX_BODY_BYTES + 1), "FrameTooLarge"),
+        (b"\xff" * 64, "FrameTooLarge"),
+        (b"GET / HTTP/1.1\r\nHost: bsns\r\n\r\n", "FrameTooLarge"),
+        (PREFIX.pack(4, 0) + b"\xc1\xc1\xc1\xc1", "BadFrame"),
+        (PREFIX.pack(6, 0) + b"\x81\xa4type\xa4", "BadFrame"),
+        (PREFIX.pack(0, 0), "BadFrame"),
+    ],
+)
+async def test_garbage_is_refused(bench: Bench, data: bytes, code: str) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    await caller.stream.send_bytes(data)
+    answer, _ = await caller.hear()
+    assert isinstance(answer, Refusal)
+    assert answer.code == code
+    await until(lambda: len(node.worker.sessions) == 0)
+    assert await serves(bench, node)
+
+
+@pytest.mark.parametrize(
+    ("part", "code"),
+    [
+        (Part(SessionId(1), 1, 1, 1), "PositionGap"),
+        (Part(SessionId(1), -1, 1, 1), "BadFrame"),
+        (Part(SessionId(1), 0, 1, 2), "BadFrame"),
+        (Part(SessionId(1), 0, 1, -1), "BadFrame"),
+        (Part(SessionId(1), 0, 33, 0), "BadFrame"),
+        (Part(SessionId(2), 0, 1, 1), "UnknownSession"),
+        (Part(SessionId(-9), 0, 1, 1), "UnknownSession"),
+    ],
+)
+async def test_wrong_parts_fail_their_session_alone(bench: Bench, part: Part, code: str) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    await caller.say(*frame(part, hidden(0, part.rows)))
+    failure = await caller.failure()
+    assert (failure.session, failure.code) == (part.session, code)
+    await caller.step(0, 1)  # the stream, and the session, go on
+    assert np.array_equal((await caller.result())[1], hidden(0, 1) + 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"model": "another"}, "NotHere"),
+        ({"end": 3}, "NotHere"),
+        ({"dtype": "bfloat16"}, "NotHere"),
+        ({"max_tokens": 65}, "BadFrame"),
+        ({"max_tokens": -1}, "BadFrame"),
+        ({"start": 1, "end": 1}, "BadFrame"),
+    ],
+)
+async def test_refused_opens(bench: Bench, changes: dict[str, Any], code: str) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    answer = await caller.ask(opening(node, **changes))
+    assert isinstance(answer, Failure)
+    assert (answer.session, answer.code) == (1, code)
+    assert len(node.worker.sessions) == 0
+    assert await serves(bench, node)
+
+
+async def test_a_full_cache_refuses_and_says_how_much_is_left(bench: Bench) -> None:
+    node = await bench.node("n", cache_tokens=50)
+    caller = await bench.call(node)
+    assert await caller.ask(opening(node, 1)) == Opened(SessionId(1), 18)
+    answer = await caller.ask(opening(node, 2))
+    assert isinstance(answer, Failure)
+    assert (answer.code, "18 of 50" in answer.message) == ("CacheFull", True)
+    await caller.step(0, 1)
+    assert np.array_equal((await caller.result())[1], hidden(0, 1) + 1)  # nothing was evicted
+    await caller.ask(Close(SessionId(1)))
+    assert isinstance(await caller.ask(opening(node, 2)), Opened)
+
+
+async def test_strangers_cannot_touch_a_session(bench: Bench) -> None:
+    node = await bench.node("n")
+    owner, stranger = await bench.call(node, "owner"), await bench.call(node, "stranger")
+    assert isinstance(await owner.ask(opening(node)), Opened)
+    await owner.step(0, 2)
+    await owner.result()
+    await stranger.step(0, 1)
+    assert (await stranger.failure()).code == "UnknownSession"
+    assert isinstance(await stranger.ask(Close(SessionId(1))), Closed)
+    again = await stranger.ask(opening(node))
+    assert isinstance(again, Failure)
+    assert again.code == "BadFrame"
+    await stranger.stream.close()
+    await owner.step(2, 1)
+    assert np.array_equal((await owner.result())[1], hidden(2, 1) + 1)
+    assert [batch.rows for batch in bench.executors["n"].batches] == [2, 1]
+
+
+async def test_a_failing_executor_fails_its_batch_and_not_the_worker(bench: Bench) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    bench.executors["n"].error = RuntimeError("out of memory at 0xdeadbeef")
+    await caller.step(0, 1)
+    failure = await caller.failure()
+    assert (failure.session, failure.code) == (1, "PeerFailed")
+    assert "0xdeadbeef" not in failure.message
+    bench.executors["n"].error = None
+    await caller.step(0, 1)
+    assert np.array_equal((await caller.result())[1], hidden(0, 1) + 1)
+    assert await serves(bench, node)
+
+
+async def test_a_failing_executor_of_a_later_stage_is_heard_by_the_client(bench: Bench) -> None:
+    first, second = await bench.node("n0"), await bench.node("n1", BlockRange(2, 4))
+    callers = [await bench.call(first), await bench.call(second)]
+    await callers[0].ask(opening(first, next_peer="n1", depth=2))
+    await callers[1].ask(opening(second, previous_peer="n0", depth=2))
+    bench.executors["n1"].error = ValueError("no")
+    await callers[0].step(0, 1)
+    assert (await callers[1].failure()).code == "PeerFailed"
+
+
+@pytest.mark.parametrize("how", ["close", "cut"])
+async def test_a_client_that_goes_frees_its_cache_at_once(bench: Bench, how: str) -> None:
+    node = await bench.node("n")
+    leaving, staying = await bench.call(node, "leaving"), await bench.call(node, "staying")
+    for session in (1, 2):
+        assert isinstance(await leaving.ask(opening(node, session)), Opened)
+    assert isinstance(await staying.ask(opening(node, 3)), Opened)
+    await leaving.step(0, 1)
+    if how == "close":
+        await leaving.stream.close()
+    else:
+        leaving.stream.cut()
+    await until(lambda: bench.executors["n"].open_sessions == {3})
+    assert node.worker.sessions.cache_tokens_left == 96
+    await staying.step(0, 1, session=3)
+    assert np.array_equal((await staying.result())[1], hidden(0, 1) + 1)
+
+
+async def test_a_client_that_goes_while_it_opens_leaves_nothing(bench: Bench) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    await caller.say(opening(node))
+    await caller.stream.close()
+    other = await bench.call(node, "other")
+    assert await other.ask(Ping(1)) == Pong(1)
+    await until(lambda: len(node.worker.sessions) == 0)
+    assert node.worker.sessions.cache_tokens_left == 128
+    assert bench.executors["n"].open_sessions == set()
+
+
+async def test_a_dead_next_stage_fails_the_open(bench: Bench) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    answer = await caller.ask(opening(node, next_peer="nobody", depth=2))
+    assert isinstance(answer, Failure)
+    assert (answer.session, answer.code) == (1, "PeerUnreachable")
+    assert "nobody" in answer.message
+    assert node.worker.sessions.cache_tokens_left == 128
+    assert bench.executors["n"].open_sessions == set()
+    assert await serves(bench, node)
+
+
+async def test_a_next_stage_that_dies_fails_the_sessions_that_need_it(bench: Bench) -> None:
+    first, second = await bench.node("n0"), await bench.node("n1", BlockRange(2, 4))
+    caller, behind = await bench.call(first), await bench.call(second)
+    assert isinstance(await caller.ask(opening(first, next_peer="n1", depth=2)), Opened)
+    assert isinstance(await behind.ask(opening(second, previous_peer="n0", depth=2)), Opened)
+    await caller.step(0, 1)
+    await behind.result()
+    bench.swarm.network.kill(PeerId("n1"))
+    for position in (1, 2):  # the stream found broken, then the peer found gone
+        await caller.step(position, 1)
+        failure = await caller.failure()
+        assert (failure.session, failure.code in ("PeerLost", "PeerUnreachable")) == (1, True)
+        assert "n1" in failure.message
+    assert await serves(bench, first)
+
+
+async def test_a_closed_sessions_late_result_is_not_delivered(bench: Bench) -> None:
+    node = await bench.node("n")
+    executor = bench.executors["n"]
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    executor.may_run.clear()
+    executor.running.clear()
+    await caller.step(0, 1)
+    await until(executor.running.is_set)
+    await caller.step(1, 1)  # waits behind it
+    assert isinstance(await caller.ask(Close(SessionId(1))), Closed)
+    assert isinstance(await caller.ask(opening(node)), Opened)  # the same id again: another session
+    executor.may_run.set()
+    await until(lambda: len(executor.batches) == 1)
+    await caller.step(0, 3, wanted=1)
+    result, rows = await caller.result()
+    assert (result.parts[0].position, result.parts[0].rows) == (0, 3)
+    assert np.array_equal(rows, hidden(2, 1) + 1)
+    assert await caller.ask(Ping(5)) == Pong(5)
+    assert [batch.rows for batch in executor.batches] == [1, 3]  # the step that waited never ran
+
+
+async def test_idle_sessions_expire(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bsns.worker.service.SWEEP_S", 0.001)
+    node = await bench.node("n", idle_s=0.0)
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    await until(lambda: len(node.worker.sessions) == 0)
+    assert bench.executors["n"].open_sessions == set()
+    await caller.step(0, 1)
+    assert (await caller.failure()).code == "UnknownSession"
+
+
+async def test_close_ends_the_compute_thread(bench: Bench) -> None:
+    node = await bench.node("n")
+    assert any(thread.name == "compute" and thread.is_alive() for thread in threading.enumerate())
+    before = threading.active_count()
+    await node.worker.close()
+    assert threading.active_count() <= before
+    assert not any(thread.name == "compute" and thread.is_alive() for thread in threading.enumerate())
