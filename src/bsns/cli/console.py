@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from bsns.core.errors import BadOption, BsnsError, Remedy
+from bsns.core.errors import BadOption, BsnsError, NotAMember, PeerFailed, Remedy, WrongSwarm
 
 T = TypeVar("T")
 
@@ -254,11 +254,14 @@ def say_error(message: str) -> None:
 
 
 def _fail(error: BsnsError, *, as_json: bool, leashed: bool) -> int:
+    message = error.message
+    if isinstance(error, NotAMember | WrongSwarm):
+        message += "; is this the invite of that swarm? its founder can make another"
     if as_json:
         with contextlib.suppress(BrokenPipeError):
-            emit({"event": "error", "code": error.code, "message": error.message})
+            emit({"event": "error", "code": error.code, "message": message})
     if not leashed:  # whoever holds the leash reads the object
-        say_error(error.message)
+        say_error(message)
     return EXIT_USER if error.remedy is Remedy.TELL_USER else EXIT_FAILED
 
 
@@ -267,8 +270,7 @@ def _surprised(error: Exception, *, as_json: bool, leashed: bool) -> int:
         traceback.print_exception(error)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     hint = "" if isinstance(error, OSError | MemoryError) else " (unexpected; BSNS_LOG=debug shows where)"
-    _fail(BsnsError(what + hint), as_json=as_json, leashed=leashed)
-    return EXIT_FAILED
+    return _fail(PeerFailed(what + hint), as_json=as_json, leashed=leashed)
 
 
 def _finished(executor: ThreadPoolExecutor) -> bool:

@@ -62,7 +62,7 @@ def _options(
 def main() -> None:
     """Run the command. A mistake in its use is one line on standard error, as every other error is."""
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(prog_name="bsns", standalone_mode=False))
     except _UsageError as error:
         if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":
             error.show()

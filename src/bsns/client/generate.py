@@ -17,11 +17,11 @@ from bsns.client.links import Dial, Link, Links
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
-from bsns.core.errors import BadOption, BsnsError, PeerError, PeerFailed, PeerTimedOut, PromptTooLong
+from bsns.core.errors import BadOption, BadTensor, BsnsError, PeerError, PeerFailed, PeerTimedOut, PromptTooLong
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.model.ends import Ends
 from bsns.protocol.inference import Part, Step
-from bsns.protocol.tensors import TensorSpec
+from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
 
 CHUNK_ROWS = 128
@@ -103,6 +103,7 @@ class Generator:
         self._model = model
         self._dtype = dtype
         self._hidden_size = ends.hidden_size
+        self._row_bytes = ends.hidden_size * DTYPE_BYTES[dtype]
         self._find_route = find_route
         self._deadline_s = deadline_s
         self._links = Links(dial, self._on_results, self._on_failure, self._on_lost)
@@ -179,7 +180,7 @@ class Generator:
             for start in range(0, len(tokens), CHUNK_ROWS):
                 chunk = tokens[start : start + CHUNK_ROWS]
                 hidden = await self._decoder.embed(chunk, start)
-                await self._send(session.first, [(session.id, start, len(chunk), len(chunk), hidden)])
+                await session.first.send(*self._step([(session.id, start, len(chunk), len(chunk), hidden)]))
                 yield await self._decoder.logits(await self._hear(rows.heard, session), len(chunk))
         finally:
             del self._listening[session.id], self._sessions[session.id]
@@ -215,7 +216,7 @@ class Generator:
             chunk = tokens[start : start + CHUNK_ROWS]
             wanted = wanted_last if start + len(chunk) == len(tokens) else 0
             hidden = await self._decoder.embed(chunk, start)
-            await self._send(session.first, [(session.id, start, len(chunk), wanted, hidden)])
+            await session.first.send(*self._step([(session.id, start, len(chunk), wanted, hidden)]))
 
     async def _hear(self, heard: asyncio.Queue[T | Exception], session: Session) -> T:
         try:
@@ -228,11 +229,11 @@ class Generator:
             raise item
         return item
 
-    async def _send(self, link: Link, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> None:
+    def _step(self, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> tuple[Step, list[memoryview]]:
         parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)
         rows = sum(part.rows for part in parts)
         tensors = (TensorSpec.raw("hidden", self._dtype, (rows, self._hidden_size)),)
-        await link.send(Step(parts, tensors), [hidden for *_, hidden in steps])
+        return Step(parts, tensors), [hidden for *_, hidden in steps]
 
     def _on_results(self, peer: PeerId, results: list[tuple[Part, memoryview]]) -> None:
         arrived: list[Arrived] = []
@@ -240,6 +241,8 @@ class Generator:
             listening = self._listening.get(part.session)
             if listening is None or not part.wanted:
                 continue  # closed meanwhile, or the echo of a prompt chunk
+            if peer != self._sessions[part.session].route[-1].peer or hidden.nbytes != part.wanted * self._row_bytes:
+                raise BadTensor(f"{peer} answered session {part.session} with rows it should not have")
             if isinstance(listening, _Rows):
                 listening.heard.put_nowait(hidden)
             elif part.position + part.rows == len(listening.answer.tokens):
@@ -259,14 +262,11 @@ class Generator:
                 groups[session.first].append((session.id, len(item.answer.tokens) - 1, 1, 1, item.hidden))
             listening.heard.put_nowait(item)
         for link, steps in groups.items():
-            self._spawn(self._send_turn(link, steps))
-
-    async def _send_turn(self, link: Link, steps: list[tuple[SessionId, int, int, int, memoryview]]) -> None:
-        try:
-            await self._send(link, steps)
-        except BsnsError as error:
-            for session, *_ in steps:
-                self._on_failure(session, error)
+            try:
+                link.post(*self._step(steps))
+            except BsnsError as error:
+                for id_, *_ in steps:
+                    self._on_failure(id_, error)
 
     def _on_decoder_failed(self, answers: list[Answer], error: Exception) -> None:
         failure = error if isinstance(error, BsnsError) else PeerFailed(f"choosing a token failed: {error!r}")

@@ -8,6 +8,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+import structlog
+
 from bsns.core.errors import BadFrame, BsnsError, PeerLost, PeerTimedOut, ProtocolError, error_from_wire
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.frames import Buffer, Message
@@ -26,6 +28,8 @@ from bsns.protocol.inference import (
     Result,
 )
 from bsns.transport.port import Stream
+
+log = structlog.get_logger(__name__)
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -58,6 +62,10 @@ class Link:
     async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Raises PeerLost."""
         await self._stream.send(message, buffers)
+
+    def post(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Send without waiting, for steps, of which a session has few unanswered. Raises PeerLost."""
+        self._stream.post(message, buffers)
 
     async def open(self, message: Open, deadline_s: float) -> int:
         """Open a session; how many tokens of cache the node has left. Raises what the node answers, or PeerTimedOut."""
@@ -107,13 +115,14 @@ class Link:
 
     async def _read(self) -> None:
         try:
-            while True:
-                message, buffers = await self._stream.receive()
-                self._take(message, buffers)
+            await self._stream.each(self._take)
         except BsnsError as error:
             self._lose(error)
+        except Exception as error:
+            log.exception("reading a link failed", peer=self.peer)
+            self._lose(PeerLost(f"reading from node {self.peer} failed: {type(error).__name__}"))
 
-    def _take(self, message: Message, buffers: Sequence[memoryview]) -> None:
+    def _take(self, message: Message, buffers: list[memoryview]) -> None:
         match message:
             case Result():
                 self._on_results(self.peer, split_rows(message, buffers))

@@ -18,6 +18,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -36,7 +37,7 @@ from bsns.protocol.frames import (
     split_body,
 )
 from bsns.protocol.greeting import DirectOffer
-from bsns.transport.port import Handler
+from bsns.transport.port import Handler, Take
 
 TOKEN_BYTES = 16
 KEY_BYTES = 32
@@ -69,6 +70,8 @@ class DirectStream(asyncio.Protocol):
         self._ended: Exception | None = None
         self._paused = False
         self._arrival: asyncio.Future[None] | None = None
+        self._take: Take | None = None
+        self._end_of_each: asyncio.Future[None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -78,6 +81,14 @@ class DirectStream(asyncio.Protocol):
 
     async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """See transport.port.Stream."""
+        self.post(message, buffers)
+        if not self._writable.is_set():
+            await self._writable.wait()
+            if self._transport is None or self._transport.is_closing():
+                raise self._lost()
+
+    def post(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """See transport.port.Stream."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise self._lost()
@@ -86,10 +97,6 @@ class DirectStream(asyncio.Protocol):
         sealed = self._seal.encrypt(_NONCE.pack(self._out, self._sent), frame, length)
         self._sent += 1
         transport.write(length + sealed)
-        if not self._writable.is_set():
-            await self._writable.wait()
-            if transport.is_closing():
-                raise self._lost()
 
     async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
         """See transport.port.Stream. The frame was within the protocol's limits before it was opened."""
@@ -106,6 +113,18 @@ class DirectStream(asyncio.Protocol):
         if max_body_bytes is not None and body.nbytes > max_body_bytes:
             raise FrameTooLarge(f"frame body of {body.nbytes} bytes; only {max_body_bytes} are allowed here")
         return message, split_body(message, body)
+
+    async def each(self, take: Take) -> NoReturn:
+        """See transport.port.Stream. `take` is called as soon as a frame is complete, without a turn of the loop."""
+        while self._frames:
+            take(*await self.receive())
+        if self._ended is not None:
+            raise self._ended
+        self._take = take
+        end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._end_of_each = end
+        await end
+        raise AssertionError("ended without a reason")
 
     async def close(self) -> None:
         """See transport.port.Stream."""
@@ -126,9 +145,12 @@ class DirectStream(asyncio.Protocol):
         self._buffer += data
         try:
             while (frame := self._open()) is not None:
-                self._frames.append(frame)
-                self._waiting_bytes += frame[1].nbytes
-        except (BadFrame, FrameTooLarge) as error:
+                if self._take is not None:
+                    self._take(frame[0], split_body(*frame))
+                else:
+                    self._frames.append(frame)
+                    self._waiting_bytes += frame[1].nbytes
+        except Exception as error:  # noqa: BLE001  whoever awaits the stream's frames must hear of it
             self._end(error)
             return
         if self._waiting_bytes > MAX_WAITING_BYTES and not self._paused and self._transport is not None:
@@ -174,14 +196,17 @@ class DirectStream(asyncio.Protocol):
         return decode_header(view[PREFIX.size : body_at]), view[body_at:]
 
     def _end(self, error: Exception) -> None:
+        """Hear nothing more; what is left to say, such as why, can still be sent before the stream is closed."""
         self._ended = error
         if self._transport is not None:
-            self._transport.abort()
+            self._transport.pause_reading()
         self._wake()
 
     def _wake(self) -> None:
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
+        if self._ended is not None and self._end_of_each is not None and not self._end_of_each.done():
+            self._end_of_each.set_exception(self._ended)
 
     def _lost(self, error: Exception | None = None) -> PeerLost:
         return PeerLost(f"the stream to {self._peer} closed{f' ({error})' if error else ''}")

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hivemind.p2p import P2P, PeerID
@@ -29,7 +29,7 @@ from bsns.core.errors import BadOption, BsnsError, NoSuchSwarm, PeerFailed, Peer
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message, encode
 from bsns.transport.framing import FrameReader
-from bsns.transport.port import Handler
+from bsns.transport.port import Handler, Take
 
 PROTOCOL = "bsns/1"
 WRITE_BUFFER_BYTES = 1024 * 1024
@@ -85,12 +85,16 @@ class Libp2pStream:
 
     async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Raises PeerLost or FrameTooLarge; waits only while more than 1 MiB is unsent."""
+        self.post(message, buffers)
+        if self._socket.get_write_buffer_size() > WRITE_BUFFER_BYTES:
+            await self._drain()
+
+    def post(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Raises PeerLost or FrameTooLarge."""
         pieces = encode(message, buffers)
         if self._socket.is_closing():
             raise PeerLost(f"the stream to {self._peer} is closed")
         self._writer.writelines(pieces)
-        if self._socket.get_write_buffer_size() > WRITE_BUFFER_BYTES:
-            await self._drain()
 
     async def send_bytes(self, data: bytes) -> None:
         """Raw bytes in place of a frame: how tests play a hostile peer. Raises PeerLost."""
@@ -108,6 +112,11 @@ class Libp2pStream:
     async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
         """Raises PeerLost or a ProtocolError."""
         return await self._frames.receive(max_body_bytes)
+
+    async def each(self, take: Take) -> NoReturn:
+        """See transport.port.Stream."""
+        while True:
+            take(*await self.receive())
 
     async def close(self) -> None:
         """Flush what was sent, for at most a second, then drop the stream."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from typing import NoReturn
 
 from bsns.core.errors import BsnsError, PeerLost, PeerUnreachable
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message, encode
 from bsns.transport.framing import FrameReader
-from bsns.transport.port import Handler
+from bsns.transport.port import Handler, Take
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,11 @@ class _Pipe:
         self.frames = FrameReader(self._reader, sender)
         self.closed = False
 
-    async def write(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         if data:
             self._reader.feed_data(data)
+
+    async def drained(self) -> None:
         await self._gate.open.wait()
 
     def close(self, *, lost: bool = False) -> None:
@@ -77,17 +80,31 @@ class MemoryStream:
 
     async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Raises PeerLost or FrameTooLarge; waits while the peer has about 1 MiB unread."""
-        await self.send_bytes(b"".join(encode(message, buffers)))
+        self.post(message, buffers)
+        await self._outbound.drained()
+
+    def post(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Raises PeerLost or FrameTooLarge."""
+        self._feed(b"".join(encode(message, buffers)))
 
     async def send_bytes(self, data: bytes) -> None:
         """Raw bytes in place of a frame: how tests play a hostile peer. Raises PeerLost."""
+        self._feed(data)
+        await self._outbound.drained()
+
+    def _feed(self, data: bytes) -> None:
         if self._outbound.closed:
             raise PeerLost(f"the stream to {self._peer} is closed")
-        await self._outbound.write(data)
+        self._outbound.feed(data)
 
     async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
         """Raises PeerLost or a ProtocolError."""
         return await self._inbound.frames.receive(max_body_bytes)
+
+    async def each(self, take: Take) -> NoReturn:
+        """See transport.port.Stream."""
+        while True:
+            take(*await self.receive())
 
     async def close(self) -> None:
         """The peer still reads what was sent before, then finds the stream ended."""

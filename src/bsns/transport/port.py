@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message
+
+Take = Callable[[Message, list[memoryview]], None]
 
 
 class Stream(Protocol):
@@ -23,12 +25,23 @@ class Stream(Protocol):
         """
         ...
 
+    def post(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Queue one frame without waiting, for conversations that bound by themselves how much lies unsent.
+
+        Raises PeerLost, FrameTooLarge.
+        """
+        ...
+
     async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
         """The next frame, whose views the caller owns. `max_body_bytes` tightens the protocol's limit.
 
         Raises PeerLost at the end of the stream and a ProtocolError for anything that is not a valid frame; after
         either the stream is of no more use.
         """
+        ...
+
+    async def each(self, take: Take) -> NoReturn:
+        """Call `take` with every frame from now on. Ends by raising what `receive` raises, or what `take` raised."""
         ...
 
     async def close(self) -> None:

@@ -5,51 +5,64 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from bsns.core.errors import BsnsError
+import structlog
+
+from bsns.core.errors import BadFrame, BsnsError, PeerLost, error_from_wire
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message
+from bsns.protocol.greeting import Refusal
 from bsns.transport.port import Stream
+
+log = structlog.get_logger(__name__)
 
 Dial = Callable[[PeerId, Sequence[str]], Awaitable[Stream]]
 """Opens a stream to a peer and greets it; raises PeerError or ProtocolError within a deadline of its own."""
 
 
 class Relay:
-    """Outgoing streams by peer. Frames to one peer keep the order in which `send` was called."""
+    """Outgoing streams by peer. Frames to one peer keep the order in which they were posted."""
 
-    def __init__(self, dial: Dial) -> None:
+    def __init__(self, dial: Dial, on_lost: Callable[[PeerId], None]) -> None:
+        """`on_lost` is told of every peer whose stream has ended, whoever ended it."""
         self._dial = dial
+        self._on_lost = on_lost
         self._streams: dict[PeerId, Stream] = {}
+        self._watching: dict[PeerId, asyncio.Task[None]] = {}
         self._locks: dict[PeerId, asyncio.Lock] = {}
 
-    async def send(
-        self, peer: PeerId, addresses: Sequence[str], message: Message, buffers: Sequence[Buffer] = ()
-    ) -> None:
-        """Send a frame, dialling first if need be. Raises PeerError; the next send dials anew."""
-        async with self._locks.setdefault(peer, asyncio.Lock()):
-            stream = await self._stream(peer, addresses)
-            try:
-                await stream.send(message, buffers)
-            except BsnsError:
-                await self._forget(peer)
-                raise
+    def post(self, peer: PeerId, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """Send a frame to a peer that sessions have connected to. Raises PeerLost; the next `connect` dials anew."""
+        stream = self._streams.get(peer)
+        if stream is None:
+            raise PeerLost(f"the stream to the next stage {peer} closed")
+        stream.post(message, buffers)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure there is a stream. Raises PeerError."""
         async with self._locks.setdefault(peer, asyncio.Lock()):
-            await self._stream(peer, addresses)
+            if peer not in self._streams:
+                stream = self._streams[peer] = await self._dial(peer, addresses)
+                self._watching[peer] = asyncio.create_task(self._watch(stream))
 
     async def close(self) -> None:
-        for peer in list(self._streams):
-            await self._forget(peer)
+        for task in self._watching.values():
+            task.cancel()
+        await asyncio.gather(*self._watching.values(), return_exceptions=True)
 
-    async def _stream(self, peer: PeerId, addresses: Sequence[str]) -> Stream:
-        stream = self._streams.get(peer)
-        if stream is None:
-            stream = self._streams[peer] = await self._dial(peer, addresses)
-        return stream
-
-    async def _forget(self, peer: PeerId) -> None:
-        stream = self._streams.pop(peer, None)
-        if stream is not None:
+    async def _watch(self, stream: Stream) -> None:
+        """A next stage says nothing back: whatever comes ends the stream, and with it what is known of it."""
+        try:
+            await stream.each(self._refused)
+        except BsnsError as error:
+            log.info("lost a next stage", peer=stream.peer, reason=error.message)
+        finally:
+            if self._streams.get(stream.peer) is stream:
+                del self._streams[stream.peer]
             await stream.close()
+            self._on_lost(stream.peer)
+
+    @staticmethod
+    def _refused(message: Message, _: list[memoryview]) -> None:
+        if isinstance(message, Refusal):
+            raise error_from_wire(message.code, message.message)
+        raise BadFrame(f"a next stage does not say {type(message).__name__}")
