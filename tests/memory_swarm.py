@@ -178,6 +178,10 @@ class StageShelf:
             self._stages[key] = Stage(path, blocks, dtype=dtype)
         return self._stages[key]
 
+    def clear(self) -> None:
+        self._stages.clear()
+        self._ends.clear()
+
     def ends(self, path: Path, dtype: str = "float32") -> Ends:
         if (path, dtype) not in self._ends:
             self._ends[path, dtype] = Ends(path, dtype=dtype)
