@@ -1,0 +1,199 @@
+"""Direct streams: sealed TCP between peers that were introduced, closed to everybody else."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from bsns.core.errors import BadFrame, BsnsError, FrameTooLarge, PeerLost, PeerUnreachable
+from bsns.core.ids import PeerId
+from bsns.protocol.frames import MAX_BODY_BYTES, Message
+from bsns.protocol.greeting import DirectOffer, Refusal
+from bsns.protocol.inference import Part, Ping, Pong, Step
+from bsns.protocol.tensors import TensorSpec
+from bsns.transport.direct import DirectListener, DirectStream, connect, hosts_of
+
+THERE = PeerId("there")
+HERE = PeerId("here")
+
+
+class Place:
+    """A listener that keeps the streams it was handed."""
+
+    def __init__(self) -> None:
+        self.listener = DirectListener()
+        self.streams: asyncio.Queue[DirectStream] = asyncio.Queue()
+
+    async def start(self) -> None:
+        await self.listener.start("127.0.0.1", ["127.0.0.1"], self._take)
+
+    async def _take(self, stream: object) -> None:
+        assert isinstance(stream, DirectStream)
+        await self.streams.put(stream)
+        await asyncio.Event().wait()
+
+    def offer(self) -> DirectOffer:
+        offer = self.listener.offer(HERE)
+        assert offer is not None
+        return offer
+
+    async def pair(self) -> tuple[DirectStream, DirectStream]:
+        """Both ends of a fresh stream, the dialler's first."""
+        near = await connect(THERE, self.offer())
+        async with asyncio.timeout(5):
+            return near, await self.streams.get()
+
+
+@pytest_asyncio.fixture
+async def place() -> AsyncIterator[Place]:
+    made = Place()
+    await made.start()
+    yield made
+    await made.listener.close()
+
+
+async def hear(stream: DirectStream) -> tuple[Message, list[memoryview]]:
+    async with asyncio.timeout(5):
+        return await stream.receive()
+
+
+def step(rows: int) -> tuple[Step, bytes]:
+    body = bytes(range(256)) * (rows * 8)
+    return Step((Part(7, 0, rows, 1),), (TensorSpec.raw("hidden", "float32", (rows, 512)),)), body  # type: ignore[arg-type]
+
+
+async def test_frames_pass_both_ways_and_keep_their_order(place: Place) -> None:
+    near, far = await place.pair()
+    assert (near.peer, far.peer) == (THERE, HERE)
+    message, body = step(3)
+    near.post(Ping(1))
+    await near.send(message, [body])
+    assert (await hear(far))[0] == Ping(1)
+    heard, views = await hear(far)
+    assert heard == message
+    assert bytes(views[0]) == body
+    await far.send(Pong(1))
+    assert (await hear(near))[0] == Pong(1)
+
+
+async def test_a_large_frame_passes_whole(place: Place) -> None:
+    near, far = await place.pair()
+    message, body = step(8192)
+    sending = asyncio.create_task(near.send(message, [body]))
+    _, views = await hear(far)
+    await sending
+    assert bytes(views[0]) == body
+
+
+async def test_each_hands_frames_on_until_the_stream_ends(place: Place) -> None:
+    near, far = await place.pair()
+    heard: list[Message] = []
+    near.post(Ping(1))
+    reading = asyncio.create_task(far.each(lambda message, _: heard.append(message)))
+    near.post(Ping(2))
+    await near.close()
+    with pytest.raises(PeerLost):
+        await asyncio.wait_for(reading, 5)
+    assert heard == [Ping(1), Ping(2)]
+
+
+async def test_what_take_raises_ends_each_and_can_still_be_answered(place: Place) -> None:
+    near, far = await place.pair()
+
+    def refuse(message: Message, _: list[memoryview]) -> None:
+        raise BadFrame("not here")
+
+    reading = asyncio.create_task(far.each(refuse))
+    near.post(Ping(1))
+    with pytest.raises(BadFrame, match="not here"):
+        await asyncio.wait_for(reading, 5)
+    far.post(Refusal("BadFrame", "not here"))
+    assert (await hear(near))[0] == Refusal("BadFrame", "not here")
+
+
+@pytest.mark.parametrize("spoil", ["token", "reused", "late"])
+async def test_strangers_get_nothing(place: Place, spoil: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer = place.offer()
+    if spoil == "token":
+        offer = msgspec.structs.replace(offer, token=bytes(16))
+    elif spoil == "reused":
+        await connect(THERE, offer)
+        await asyncio.wait_for(place.streams.get(), 5)
+    else:
+        monkeypatch.setattr("bsns.transport.direct.time.monotonic", lambda: 1e12)
+    stream = await connect(THERE, offer)
+    with pytest.raises(PeerLost):
+        await hear(stream)
+    assert place.streams.empty()
+
+
+async def test_the_token_without_the_key_is_not_enough(place: Place) -> None:
+    stream = await connect(THERE, msgspec.structs.replace(place.offer(), key=bytes(32)))
+    await stream.send(Ping(1))
+    far = await asyncio.wait_for(place.streams.get(), 5)
+    with pytest.raises(BadFrame, match="seal"):
+        await hear(far)
+
+
+async def test_tampered_and_replayed_frames_are_refused(place: Place) -> None:
+    offer = place.offer()
+    recorded = bytearray()
+    reader, writer = await asyncio.open_connection("127.0.0.1", offer.port)
+    stream = DirectStream(THERE, offer.key, dialled=True)
+
+    class Recorder(asyncio.Transport):
+        def write(self, data: bytes) -> None:  # type: ignore[override]
+            recorded.extend(data)
+
+        def is_closing(self) -> bool:
+            return False
+
+        def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+            return None
+
+    stream.start(Recorder())
+    stream.post(Ping(1))
+    writer.write(offer.token + bytes(recorded) * 2)  # the second copy has the right key but a used nonce
+    far = await asyncio.wait_for(place.streams.get(), 5)
+    assert (await hear(far))[0] == Ping(1)
+    with pytest.raises(BadFrame, match="seal"):
+        await hear(far)
+    writer.close()
+    assert await reader.read() == b""
+
+
+async def test_a_huge_length_is_refused_before_anything_is_gathered(place: Place) -> None:
+    offer = place.offer()
+    _, writer = await asyncio.open_connection("127.0.0.1", offer.port)
+    writer.write(offer.token + struct.pack("<I", 2 * MAX_BODY_BYTES))
+    far = await asyncio.wait_for(place.streams.get(), 5)
+    with pytest.raises(FrameTooLarge):
+        await hear(far)
+    writer.close()
+
+
+async def test_an_offer_nobody_serves_is_unreachable() -> None:
+    with pytest.raises(PeerUnreachable):
+        await connect(THERE, DirectOffer(("127.0.0.1",), 1, bytes(16), bytes(32)))
+    with pytest.raises(PeerUnreachable):
+        await connect(THERE, DirectOffer(("127.0.0.1",), 1, b"short", bytes(32)))
+
+
+async def test_sending_on_a_closed_stream_says_so(place: Place) -> None:
+    near, far = await place.pair()
+    await far.close()
+    with pytest.raises(PeerLost):
+        await hear(near)
+    with pytest.raises(BsnsError):
+        near.post(Ping(1))
+
+
+def test_hosts_are_read_from_multiaddresses() -> None:
+    addresses = ["/ip4/10.0.0.1/tcp/4001/p2p/x", "/ip4/10.0.0.1/udp/4001/quic-v1/p2p/x", "/dns4/a.example/tcp/1"]
+    assert hosts_of(addresses) == ("10.0.0.1", "a.example")
+    assert hosts_of(["/p2p/x", ""]) == ()
