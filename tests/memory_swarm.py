@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,11 @@ class StageShelf:
 async def answer(client: Generator, tokens: Sequence[int], options: SamplingOptions) -> list[int]:
     """The tokens of a streamed answer."""
     return [piece.token async for piece in client.stream(tokens, options) if piece.token is not None]
+
+
+async def until(condition: Callable[[], bool], deadline_s: float = 5.0) -> None:
+    """Wait for it, turn by turn of the loop; fail after the deadline."""
+    give_up_s = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < give_up_s, "it did not come about"
+        await asyncio.sleep(0.001)

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from bsns.client.sampling import SamplingOptions, sample
+from bsns.core.errors import BsnsError
 from bsns.model.ends import Ends
 from bsns.model.tensors import to_memory, to_tensor
 
@@ -152,11 +153,14 @@ class Decoder:
     def _choose(self, arrived: list[Arrived]) -> list[Turned]:
         now_s = time.perf_counter()
         logits_NV = self._logits([item.hidden for item in arrived], len(arrived))
-        tokens: list[int] = []
+        chosen: list[tuple[Answer, int]] = []
         for item, logits_V in zip(arrived, logits_NV, strict=True):
             item.answer.turns_ms.append(((now_s - item.answer.sent_s) * 1e3, item.hops))
-            tokens.append(item.answer.choose(logits_V))
-        running = [item.answer for item in arrived if item.answer.finished is None]
+            try:
+                chosen.append((item.answer, item.answer.choose(logits_V)))
+            except BsnsError as error:  # one route's bad numbers are not the other answers' trouble
+                self._loop.call_soon_threadsafe(self._on_failed, [item.answer], error)
+        running = [answer for answer, _ in chosen if answer.finished is None]
         rows: dict[int, memoryview] = {}
         if running:
             hidden = to_memory(self._embed([a.tokens[-1] for a in running], [len(a.tokens) - 1 for a in running]))
@@ -165,10 +169,7 @@ class Decoder:
         sent_s = time.perf_counter()
         for answer in running:
             answer.sent_s = sent_s
-        return [
-            Turned(i.answer, token, rows.get(id(i.answer)), i.answer.finished)
-            for i, token in zip(arrived, tokens, strict=True)
-        ]
+        return [Turned(answer, token, rows.get(id(answer)), answer.finished) for answer, token in chosen]
 
     def _logits(self, pieces: Sequence[memoryview], rows: int) -> torch.Tensor:
         hidden = pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from memory_swarm import MODEL, MemorySwarm, Node
+from memory_swarm import MODEL, MemorySwarm, Node, until
 
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import PeerId, SessionId
@@ -119,14 +118,6 @@ def opening(node: Node, session: int = 1, **changes: Any) -> Open:
     held = node.worker.sessions.held
     plain = Open(SessionId(session), MODEL, held.start, held.end, "float32", 32, 1, None)
     return msgspec.structs.replace(plain, **changes)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for it, turn by turn of the loop; fail after the deadline."""
-    give_up_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < give_up_s, "it did not come about"
-        await asyncio.sleep(0.001)
 
 
 class Bench:

@@ -1,0 +1,82 @@
+"""Whatever arrives in whatever order, batches lose nothing, repeat nothing and keep every session's order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bsns.core.blocks import BlockRange
+from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.inference import Part
+from bsns.worker.batching import ACTIVE_S, SHORT_ROWS, Batcher, Work
+from bsns.worker.sessions import Session
+
+MAX_ROWS = 64
+RANGES = [BlockRange(0, 4), BlockRange(1, 3)]
+
+adds = st.tuples(st.just("add"), st.integers(0, 5), st.sampled_from([1, 2, SHORT_ROWS, SHORT_ROWS + 1, 40, 64, 100]))
+takes = st.tuples(st.just("take"), st.just(0), st.just(0))
+drops = st.tuples(st.just("drop"), st.integers(0, 5), st.just(0))
+events = st.lists(st.one_of(adds, adds, adds, takes, takes, drops), max_size=60)
+depths = st.lists(st.integers(1, 4), min_size=6, max_size=6)
+
+
+@given(events=events, depths=depths, tick_s=st.sampled_from([0.0, 0.01, 0.4]))
+@settings(max_examples=300, deadline=None)
+def test_batches(events: list[tuple[str, int, int]], depths: list[int], tick_s: float) -> None:
+    batcher = Batcher(max_rows=MAX_ROWS)
+    sessions = [
+        Session(SessionId(number), PeerId("client"), RANGES[number % 2], 10**6, depths[number], None, None, ())
+        for number in range(6)
+    ]
+    waiting: defaultdict[int, list[Work]] = defaultdict(list)
+    stepped_s: dict[int, float] = {}
+    now_s = 0.0
+
+    def take() -> bool:
+        heads = [queue[0] for queue in waiting.values() if queue]
+        batch = batcher.next_batch(now_s)
+        if batch is None:
+            assert not heads
+            return False
+        assert batch.works
+        oldest = min(heads, key=lambda work: work.arrived_s)
+        assert batch.blocks in {head.session.blocks for head in heads if head.arrived_s == oldest.arrived_s}
+        assert all(work.session.blocks == batch.blocks for work in batch.works)
+        numbers = [work.part.session for work in batch.works]
+        assert len(set(numbers)) == len(numbers)
+        for work in batch.works:
+            assert waiting[work.part.session].pop(0) is work
+        assert batch.rows <= MAX_ROWS or len(batch.works) == 1
+        short = [work for work in batch.works if work.part.rows <= SHORT_ROWS]
+        assert batch.works[: len(short)] == short
+        fitting = [head for head in heads if head.session.blocks == batch.blocks]
+        active = sum(now_s - at_s <= ACTIVE_S for at_s in stepped_s.values())
+        allowed = max(1, -(-active // max(head.session.depth for head in fitting)))
+        possible = [head for head in fitting if head.part.rows <= SHORT_ROWS]
+        assert len(short) <= allowed
+        if sum(head.part.rows for head in possible) <= MAX_ROWS:
+            assert len(short) == min(allowed, len(possible))
+        return True
+
+    for event, number, rows in events:
+        now_s += tick_s
+        if event == "add":
+            work = Work(sessions[number], Part(SessionId(number), len(waiting[number]), rows, 0), b"", now_s)
+            batcher.add(work)
+            waiting[number].append(work)
+            if rows <= SHORT_ROWS:
+                stepped_s[number] = now_s
+        elif event == "drop":
+            batcher.drop(SessionId(number))
+            waiting[number].clear()
+            stepped_s.pop(number, None)
+        else:
+            take()
+        assert len(batcher) == sum(map(len, waiting.values()))
+    while take():
+        pass
+    assert not any(waiting.values())
+    assert len(batcher) == 0

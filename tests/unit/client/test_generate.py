@@ -1,0 +1,271 @@
+"""The generator over a small real swarm: what streams, what it costs, and what reaches the reader when things fail."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from memory_swarm import MemorySwarm, StageShelf, answer, until
+from tiny_models import prompt
+
+from bsns.client.generate import CHUNK_ROWS, Generator, Stats
+from bsns.client.sampling import SamplingOptions
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import (
+    BadOption,
+    BsnsError,
+    CacheFull,
+    MissingBlocks,
+    PeerFailed,
+    PeerLost,
+    PeerTimedOut,
+    PeerUnreachable,
+    PromptTooLong,
+)
+from bsns.core.ids import PeerId
+from bsns.worker.batching import Batch
+from bsns.worker.torch_executor import TorchExecutor
+
+DEADLINE_S = 5.0
+CUTS = (0, 2, 5)
+
+
+class Moody(TorchExecutor):
+    """An executor that can be told to raise, or to answer no numbers."""
+
+    mood: str = "fine"
+
+    def run(self, batch: Batch) -> list[memoryview]:
+        if self.mood == "raises":
+            raise RuntimeError("no memory")
+        outputs = super().run(batch)
+        if self.mood == "nan":
+            return [memoryview(b"\xff" * output.nbytes) for output in outputs]
+        if self.mood == "dawdles":
+            time.sleep(0.15)  # a compute thread that is slow, not a test that waits
+        return outputs
+
+
+class Scene:
+    def __init__(self, swarm: MemorySwarm, shelf: StageShelf, path: Path) -> None:
+        self.swarm, self.shelf, self.path = swarm, shelf, path
+        self.executors: list[Moody] = []
+        self.ends = shelf.ends(path)
+
+    async def start(self, **options: int) -> None:
+        for stage in self.shelf.stages(self.path, CUTS):
+            self.executors.append(Moody(stage, dtype="float32"))
+            name = f"node-{len(self.swarm.nodes)}"
+            await self.swarm.add_node(name, self.executors[-1], block_count=CUTS[-1], **options)
+
+    def reserved(self) -> int:
+        return sum(
+            node.worker.sessions.cache_tokens - node.worker.sessions.cache_tokens_left
+            for node in self.swarm.nodes.values()
+        )
+
+    async def freed(self) -> None:
+        await until(lambda: not self.reserved())
+        for executor in self.executors:
+            assert executor._caches == {}
+
+
+@pytest.fixture
+def scene(swarm: MemorySwarm, shelf: StageShelf, tiny_model: Callable[[str], Path]) -> Scene:
+    return Scene(swarm, shelf, tiny_model("llama"))
+
+
+async def test_pieces_and_stats(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    stats = Stats()
+    pieces = [piece async for piece in client.stream(prompt(6), SamplingOptions(max_tokens=9), stats)]
+    assert [piece.finished for piece in pieces] == [None] * 8 + ["length"]
+    assert "".join(piece.text for piece in pieces) == client.prompts.tokenizer.decode([p.token for p in pieces])
+    assert (stats.prompt_tokens, stats.tokens) == (6, 9)
+    assert [hop.peer for hop in stats.route] == ["node-0", "node-1"]
+    assert len(stats.turns_ms) == 9
+    assert len(stats.own_ms_per_hop()) == 8
+    assert stats.tokens_per_s > 0
+    assert 0 < stats.ttft_ms < 1e3 * DEADLINE_S
+    await scene.freed()
+
+
+async def test_an_end_token_ends_the_answer_and_is_not_said(scene: Scene) -> None:
+    await scene.start()
+    tokens = await answer(scene.swarm.client(scene.ends), prompt(6), SamplingOptions(max_tokens=12))
+    end = next(token for i, token in enumerate(tokens) if i > 2 and token not in tokens[:i])
+    client = scene.swarm.client(scene.ends, end_tokens={end})
+    pieces = [piece async for piece in client.stream(prompt(6), SamplingOptions(max_tokens=12))]
+    assert [piece.token for piece in pieces] == tokens[: tokens.index(end) + 1]
+    assert (pieces[-1].text, pieces[-1].finished) == ("", "stop")
+    await scene.freed()
+
+
+async def test_a_stop_string_ends_the_answer(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    text = "".join([p.text async for p in client.stream(prompt(6), SamplingOptions(max_tokens=30))])
+    stop = text[7:9]
+    pieces = [p async for p in client.stream(prompt(6), SamplingOptions(max_tokens=30, stop=(stop,)))]
+    assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
+    assert pieces[-1].finished == "stop"
+    await scene.freed()
+
+
+async def test_the_context_bounds_the_answer(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends, context_tokens=20)
+    assert len(await answer(client, prompt(15), SamplingOptions(max_tokens=99))) == 5
+    for length in (20, 21, 500):
+        with pytest.raises(PromptTooLong, match="context holds 20"):
+            await answer(client, prompt(length), SamplingOptions())
+    with pytest.raises(PromptTooLong):
+        await anext(client.logits(prompt(21)))
+    with pytest.raises(BadOption):
+        await answer(client, [], SamplingOptions())
+    assert [node.worker.rows for node in scene.swarm.nodes.values()] == [15 + 4] * 2
+
+
+async def test_a_long_prompt_goes_in_chunks(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    await answer(client, prompt(CHUNK_ROWS + 2), SamplingOptions(max_tokens=1))
+    worker = scene.swarm.nodes["node-0"].worker
+    assert (worker.steps, worker.rows) == (2, CHUNK_ROWS + 2)
+
+
+async def test_a_reader_that_stops_frees_its_session_at_once(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    stream = client.stream(prompt(6), SamplingOptions(max_tokens=200))
+    await anext(stream)
+    assert scene.reserved() == 2 * 206
+    await stream.aclose()
+    await scene.freed()
+    cancelled = asyncio.create_task(answer(client, prompt(6), SamplingOptions(max_tokens=200)))
+    rows = scene.swarm.nodes["node-1"].worker.rows
+    await until(lambda: scene.swarm.nodes["node-1"].worker.rows > rows + 8)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    await scene.freed()
+
+
+async def test_closing_the_client_frees_everything(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    stream = client.stream(prompt(6), SamplingOptions(max_tokens=200))
+    await anext(stream)
+    await client.close()
+    await scene.freed()
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(("mood", "error"), [("raises", PeerFailed), ("nan", PeerFailed)])
+async def test_what_a_stage_does_wrong_reaches_the_reader(
+    scene: Scene, stage: int, mood: str, error: type[BsnsError]
+) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    stream = client.stream(prompt(6), SamplingOptions(max_tokens=50))
+    await anext(stream)
+    scene.executors[stage].mood = mood
+    with pytest.raises(error):
+        async for _ in stream:
+            pass
+    await scene.freed()
+    scene.executors[stage].mood = "fine"
+    assert len(await answer(client, prompt(6), SamplingOptions(max_tokens=3))) == 3
+
+
+@pytest.mark.parametrize("dead", ["node-0", "node-1"])
+async def test_a_node_that_dies_reaches_the_reader(scene: Scene, dead: str) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    stream = client.stream(prompt(6), SamplingOptions(max_tokens=200))
+    await anext(stream)
+    scene.swarm.network.kill(PeerId(dead))
+    started_s = time.monotonic()
+    with pytest.raises((PeerLost, PeerUnreachable)):
+        async for _ in stream:
+            pass
+    assert time.monotonic() - started_s < DEADLINE_S
+    alive = next(node for name, node in scene.swarm.nodes.items() if name != dead)
+    await until(lambda: len(alive.worker.sessions) == 0)
+
+
+async def test_a_route_without_an_answer_ends_at_the_deadline(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends, deadline_s=0.05)
+    scene.executors[1].mood = "dawdles"
+    with pytest.raises(PeerTimedOut, match="node-0, node-1"):
+        await answer(client, prompt(6), SamplingOptions())
+    await scene.freed()
+
+
+async def test_a_node_that_refuses_is_avoided(scene: Scene) -> None:
+    await scene.start(cache_tokens=200)
+    spare = Moody(scene.shelf.stage(scene.path, BlockRange(2, 5)), dtype="float32")
+    scene.executors.append(spare)
+    await scene.swarm.add_node("spare", spare, block_count=5, cache_tokens=200)
+    client = scene.swarm.client(scene.ends)
+    # The directory does not know yet that somebody fills node-1.
+    other = scene.swarm.client(scene.ends, route=tuple(scene.swarm.nodes[f"node-{i}"].hop for i in (0, 1)))
+    full = other.stream(prompt(6), SamplingOptions(max_tokens=90))
+    await anext(full)
+    node_1 = scene.swarm.nodes["node-1"].worker.sessions
+    node_1.cache_tokens = 100
+    stats = Stats()
+    tokens = [p.token async for p in client.stream(prompt(6), SamplingOptions(max_tokens=8), stats)]
+    assert len(tokens) == 8
+    assert [hop.peer for hop in stats.route] == ["node-0", "spare"]
+    await full.aclose()
+    await scene.freed()
+
+
+async def test_no_room_and_no_nodes(scene: Scene) -> None:
+    client = scene.swarm.client(scene.ends)
+    with pytest.raises(MissingBlocks):
+        await answer(client, prompt(6), SamplingOptions())
+    await scene.start(cache_tokens=20)
+    client = scene.swarm.client(scene.ends)
+    with pytest.raises(CacheFull):
+        await answer(client, prompt(6), SamplingOptions(max_tokens=100))
+    assert len(await answer(client, prompt(6), SamplingOptions(max_tokens=14))) == 14
+
+
+async def _logits(client: Generator, tokens: list[int]) -> torch.Tensor:
+    return torch.cat([rows async for rows in client.logits(tokens)])
+
+
+async def test_logits_beside_answers(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    tokens = prompt(6)
+    said = await answer(client, tokens, SamplingOptions(max_tokens=10))
+    logits_NV, again = await asyncio.gather(
+        _logits(client, tokens + said), answer(client, tokens, SamplingOptions(max_tokens=10))
+    )
+    assert again == said
+    assert logits_NV[len(tokens) - 1 : -1].argmax(-1).tolist() == said
+    await scene.freed()
+
+
+async def test_a_strange_result_fails_its_answer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last stage that returns rows of another width: typed, and the client lives on."""
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    stream = client.stream(prompt(6), SamplingOptions(max_tokens=50))
+    await anext(stream)
+    monkeypatch.setattr(type(scene.executors[1]), "hidden_size", 16)
+    with pytest.raises(BsnsError):
+        async for _ in stream:
+            pass
+    monkeypatch.undo()
+    assert len(await answer(client, prompt(6), SamplingOptions(max_tokens=3))) == 3

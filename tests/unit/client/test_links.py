@@ -1,0 +1,281 @@
+"""Links and sessions of a client, against a node played by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+from memory_swarm import until
+
+from bsns.client.links import Link, Links, split_rows
+from bsns.client.session import Session
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadFrame, BsnsError, CacheFull, PeerLost, PeerTimedOut, PeerUnreachable
+from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.protocol.frames import Message
+from bsns.protocol.greeting import Refusal
+from bsns.protocol.inference import (
+    Close,
+    Closed,
+    Describe,
+    Description,
+    Failure,
+    Open,
+    Opened,
+    Part,
+    Ping,
+    Pong,
+    Result,
+)
+from bsns.protocol.tensors import TensorSpec
+from bsns.routing.chain import Hop
+from bsns.transport.memory import MemoryNetwork, MemoryTransport
+from bsns.transport.port import Stream
+
+DEADLINE_S = 5.0
+DESCRIPTION = Description(0, 4, 1, 100, 90, 0.001, 5, 6, 7)
+
+
+class PlayedNode:
+    """A node that answers as its `answers` say; None keeps silent."""
+
+    def __init__(self) -> None:
+        self.heard: list[Message] = []
+        self.streams: list[Stream] = []
+        self.answers: dict[type, Any] = {
+            Open: lambda m: Opened(m.session, 42),
+            Close: lambda m: Closed(m.session, 43),
+            Ping: lambda m: Pong(m.nonce),
+            Describe: lambda _: DESCRIPTION,
+        }
+
+    async def serve(self, stream: Stream) -> None:
+        self.streams.append(stream)
+        while True:
+            message, _ = await stream.receive()
+            self.heard.append(message)
+            answer = self.answers[type(message)](message)
+            if answer is not None:
+                await stream.send(answer)
+
+    def said(self, kind: type) -> list[Any]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+
+class Ears:
+    """What the links told."""
+
+    def __init__(self) -> None:
+        self.results: asyncio.Queue[tuple[PeerId, list[tuple[Part, memoryview]]]] = asyncio.Queue()
+        self.failures: asyncio.Queue[tuple[SessionId, BsnsError]] = asyncio.Queue()
+        self.lost: asyncio.Queue[tuple[PeerId, BsnsError]] = asyncio.Queue()
+
+    def links(self, transport: MemoryTransport) -> Links:
+        return Links(
+            transport.dial,
+            lambda *told: self.results.put_nowait(told),
+            lambda *told: self.failures.put_nowait(told),
+            lambda *told: self.lost.put_nowait(told),
+        )
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.network = MemoryNetwork()
+        self.ears = Ears()
+        self.links = self.ears.links(self.network.transport("client"))
+        self.nodes: dict[str, PlayedNode] = {}
+
+    async def node(self, name: str) -> PlayedNode:
+        node = self.nodes[name] = PlayedNode()
+        await self.network.transport(name).listen(node.serve)
+        return node
+
+    async def link(self, name: str) -> Link:
+        return await self.links.to(PeerId(name))
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    scene = Scene()
+    async with asyncio.timeout(4 * DEADLINE_S):
+        yield scene
+    await scene.links.close()
+
+
+def opening(session: int = 1) -> Open:
+    return Open(SessionId(session), ModelId("m"), 0, 4, "float32", 10, 1, None)
+
+
+async def test_each_question_gets_its_answer(scene: Scene) -> None:
+    await scene.node("n")
+    link = await scene.link("n")
+    assert await link.open(opening(), DEADLINE_S) == 42
+    assert await link.close_session(SessionId(1), DEADLINE_S) == 43
+    assert 0 <= await link.ping() < DEADLINE_S
+    assert await asyncio.gather(link.describe(), link.describe()) == [DESCRIPTION, DESCRIPTION]
+
+
+async def test_one_stream_for_all_sessions(scene: Scene) -> None:
+    node = await scene.node("n")
+    one, two = await asyncio.gather(scene.link("n"), scene.link("n"))
+    assert one is two
+    assert await asyncio.gather(*(one.open(opening(i), DEADLINE_S) for i in range(9))) == [42] * 9
+    assert len(node.streams) == 1
+
+
+async def test_a_refused_open_raises_what_the_node_said(scene: Scene) -> None:
+    node = await scene.node("n")
+    node.answers[Open] = lambda m: Failure(m.session, "CacheFull", "3 of 9 left")
+    with pytest.raises(CacheFull, match="3 of 9 left"):
+        await (await scene.link("n")).open(opening(), DEADLINE_S)
+    assert scene.ears.failures.empty()
+
+
+async def test_failures_of_running_sessions_are_told(scene: Scene) -> None:
+    node = await scene.node("n")
+    await (await scene.link("n")).open(opening(), DEADLINE_S)
+    await node.streams[0].send(Failure(SessionId(1), "FromTheFuture", "what?"))
+    session, error = await scene.ears.failures.get()
+    assert (session, error.code, error.message) == (1, "PeerFailed", "FromTheFuture: what?")
+
+
+async def test_silence_is_a_typed_error(scene: Scene) -> None:
+    node = await scene.node("n")
+    for kind in (Open, Close, Ping, Describe):
+        node.answers[kind] = lambda _: None
+    link = await scene.link("n")
+    for question in (
+        link.open(opening(), 0.01),
+        link.close_session(SessionId(1), 0.01),
+        link.ping(0.01),
+        link.describe(0.01),
+    ):
+        with pytest.raises(PeerTimedOut, match="n did not answer"):
+            await question
+    node.answers[Ping] = lambda m: Pong(m.nonce)
+    assert await link.ping() >= 0  # late or lost answers confuse nobody
+
+
+async def test_a_lost_node_ends_every_wait_and_the_next_use_dials_anew(scene: Scene) -> None:
+    node = await scene.node("n")
+    for kind in (Open, Close, Ping, Describe):
+        node.answers[kind] = lambda _: None
+    link = await scene.link("n")
+    waits = [
+        asyncio.create_task(wait)
+        for wait in (
+            link.open(opening(), DEADLINE_S),
+            link.close_session(SessionId(2), DEADLINE_S),
+            link.ping(DEADLINE_S),
+            link.describe(DEADLINE_S),
+        )
+    ]
+    await until(lambda: len(node.heard) == 4)
+    scene.network.kill(PeerId("n"))
+    assert [type(outcome) for outcome in await asyncio.gather(*waits, return_exceptions=True)] == [PeerLost] * 4
+    assert (await scene.ears.lost.get())[0] == "n"
+    with pytest.raises(PeerLost):
+        await link.ping()
+    with pytest.raises(PeerUnreachable):
+        await scene.link("n")
+    await scene.node("n")
+    again = await scene.link("n")
+    assert again is not link
+    assert await again.ping() >= 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ping(1),
+        opening(),
+        Refusal("BadFrame", "you spoke badly"),
+        Result((Part(SessionId(1), 0, 1, 1),), ()),
+        Result((Part(SessionId(1), 0, 1, -1),), (TensorSpec.raw("hidden", "float32", (0, 4)),)),
+    ],
+)
+async def test_a_node_that_breaks_the_protocol_is_lost(scene: Scene, message: Message) -> None:
+    node = await scene.node("n")
+    link = await scene.link("n")
+    await link.ping()
+    await node.streams[0].send(message)
+    peer, error = await scene.ears.lost.get()
+    assert peer == "n"
+    assert isinstance(error, PeerLost)
+    assert link.lost is error
+
+
+async def test_results_reach_their_listener(scene: Scene) -> None:
+    node = await scene.node("n")
+    await (await scene.link("n")).ping()
+    parts = (Part(SessionId(1), 0, 5, 2), Part(SessionId(2), 0, 5, 0), Part(SessionId(3), 9, 1, 1))
+    body = bytes(range(3 * 8))
+    await node.streams[0].send(Result(parts, (TensorSpec.raw("hidden", "float32", (3, 2)),)), [body])
+    peer, results = await scene.ears.results.get()
+    assert peer == "n"
+    assert [(part.session, bytes(rows)) for part, rows in results] == [(1, body[:16]), (2, b""), (3, body[16:])]
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 4), (3,), (3, 2, 2)])
+def test_results_whose_rows_do_not_add_up(shape: tuple[int, ...]) -> None:
+    spec = TensorSpec.raw("hidden", "float32", shape)
+    with pytest.raises(BadFrame):
+        split_rows(Result((Part(SessionId(1), 0, 3, 3),), (spec,)), [memoryview(bytes(spec.nbytes))])
+
+
+def session_over(scene: Scene, names: Sequence[str]) -> Session:
+    route = tuple(Hop(PeerId(name), BlockRange(i, i + 1), (f"/{name}",)) for i, name in enumerate(names))
+    return Session(scene.links, route, model=ModelId("m"), dtype="float32", max_tokens=10)
+
+
+async def test_a_session_opens_on_every_stage_and_tells_each_its_neighbours(scene: Scene) -> None:
+    nodes = [await scene.node(name) for name in "abc"]
+    session = session_over(scene, "abc")
+    await session.open()
+    opened = [node.said(Open) for node in nodes]
+    assert [len(messages) for messages in opened] == [1, 1, 1]
+    assert [(m.start, m.end, m.depth, m.max_tokens) for (m,) in opened] == [(0, 1, 3, 10), (1, 2, 3, 10), (2, 3, 3, 10)]
+    assert [(m.previous_peer, m.next_peer, m.next_addresses) for (m,) in opened] == [
+        (None, "b", ("/b",)),
+        ("a", "c", ("/c",)),
+        ("b", None, ()),
+    ]
+    assert {m.session for (m,) in opened} == {session.id}
+    assert session.first.peer == "a"
+    await session.close()
+    assert [node.said(Close) for node in nodes] == [[Close(session.id)]] * 3
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("how", ["refuses", "dead"])
+async def test_a_session_that_cannot_open_everywhere_stays_open_nowhere(scene: Scene, bad: int, how: str) -> None:
+    nodes = {name: await scene.node(name) for name in "abc"}
+    name = "abc"[bad]
+    if how == "refuses":
+        nodes[name].answers[Open] = lambda m: Failure(m.session, "CacheFull", "none left")
+    else:
+        scene.network.kill(PeerId(name))
+    session = session_over(scene, "abc")
+    with pytest.raises(CacheFull if how == "refuses" else PeerUnreachable):
+        await session.open(DEADLINE_S)
+    for other in set("abc") - {name}:
+        assert nodes[other].said(Close) == [Close(session.id)]
+
+
+async def test_session_ids_are_drawn_and_fit_the_wire(scene: Scene) -> None:
+    ids = {session_over(scene, "a").id for _ in range(100)}
+    assert len(ids) == 100
+    assert all(0 <= number < 2**63 for number in ids)
+
+
+async def test_closing_bears_dead_and_silent_stages(scene: Scene) -> None:
+    nodes = {name: await scene.node(name) for name in "abc"}
+    session = session_over(scene, "abc")
+    await session.open()
+    nodes["b"].answers[Close] = lambda _: None
+    scene.network.kill(PeerId("a"))
+    await session.close(0.05)
+    assert nodes["c"].said(Close) == [Close(session.id)]
