@@ -80,6 +80,8 @@ class _Rows:
 
     def __init__(self) -> None:
         self.heard: asyncio.Queue[memoryview | Exception] = asyncio.Queue()
+        self.rows = 0
+        """How many the step on its way asked for."""
 
 
 class Generator:
@@ -179,6 +181,7 @@ class Generator:
         try:
             for start in range(0, len(tokens), CHUNK_ROWS):
                 chunk = tokens[start : start + CHUNK_ROWS]
+                rows.rows = len(chunk)
                 hidden = await self._decoder.embed(chunk, start)
                 await session.first.send(*self._step([(session.id, start, len(chunk), len(chunk), hidden)]))
                 yield await self._decoder.logits(await self._hear(rows.heard, session), len(chunk))
@@ -241,7 +244,9 @@ class Generator:
             listening = self._listening.get(part.session)
             if listening is None or not part.wanted:
                 continue  # closed meanwhile, or the echo of a prompt chunk
-            if peer != self._sessions[part.session].route[-1].peer or hidden.nbytes != part.wanted * self._row_bytes:
+            wanted = listening.rows if isinstance(listening, _Rows) else 1
+            sound = part.wanted == wanted and hidden.nbytes == wanted * self._row_bytes
+            if not sound or peer != self._sessions[part.session].route[-1].peer:
                 raise BadTensor(f"{peer} answered session {part.session} with rows it should not have")
             if isinstance(listening, _Rows):
                 listening.heard.put_nowait(hidden)

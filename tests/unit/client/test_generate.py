@@ -27,6 +27,10 @@ from bsns.core.errors import (
     PromptTooLong,
 )
 from bsns.core.ids import PeerId
+from bsns.protocol.inference import Close, Closed, Open, Opened, Part, Result, Step
+from bsns.protocol.tensors import TensorSpec
+from bsns.routing.chain import Hop, Route
+from bsns.transport.port import Stream
 from bsns.worker.batching import Batch
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -257,15 +261,38 @@ async def test_logits_beside_answers(scene: Scene) -> None:
     await scene.freed()
 
 
-async def test_a_strange_result_fails_its_answer(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A last stage that returns rows of another width: typed, and the client lives on."""
+@pytest.mark.parametrize("shape", [(1, 16), (1, 64), (2, 32)])
+async def test_results_of_another_size_are_typed_and_fail_their_reader_alone(
+    scene: Scene, shape: tuple[int, int]
+) -> None:
+    """A last stage that lies about its rows, beside one that does not."""
     await scene.start()
+    liar = scene.swarm.network.transport("liar")
+
+    async def lie(stream: Stream) -> None:
+        while True:
+            message, _ = await stream.receive()
+            if isinstance(message, Open):
+                await stream.send(Opened(message.session, 1))
+            elif isinstance(message, Step):
+                (part,) = message.parts
+                spec = TensorSpec.raw("hidden", "float32", shape)
+                lied = Part(part.session, part.position, part.rows, shape[0])
+                await stream.send(Result((lied,), (spec,)), [bytes(spec.nbytes)])
+            elif isinstance(message, Close):
+                await stream.send(Closed(message.session, 1))
+
+    await liar.listen(lie)
     client = scene.swarm.client(scene.ends)
-    stream = client.stream(prompt(6), SamplingOptions(max_tokens=50))
-    await anext(stream)
-    monkeypatch.setattr(type(scene.executors[1]), "hidden_size", 16)
-    with pytest.raises(BsnsError):
-        async for _ in stream:
-            pass
-    monkeypatch.undo()
-    assert len(await answer(client, prompt(6), SamplingOptions(max_tokens=3))) == 3
+    honest = client.stream(prompt(6), SamplingOptions(max_tokens=20))
+    await anext(honest)
+    client._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
+    with pytest.raises(PeerLost, match="liar broke the protocol"):
+        await answer(client, prompt(6), SamplingOptions())
+    with pytest.raises(PeerLost, match="liar broke the protocol"):
+        await _logits(client, prompt(6))
+    assert len([piece async for piece in honest]) == 19
+
+
+async def _route(*hops: Hop) -> Route:
+    return hops
