@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -49,9 +49,11 @@ class Stage:
         self._base = load_cut(path, config, AutoModel, blocks, self.dtype, keep_ends=False)
         self._layers_name = family.layers
         self._layers: nn.ModuleList = getattr(self._base, family.layers)
-        self._views: dict[BlockRange, nn.ModuleList] = {blocks: self._layers}
+        self._views: dict[BlockRange, LayerView] = {blocks: LayerView(self._layers)}
         self._bypass = bypassed_layers(config, AutoModel, family)
         self._base.to(self.device)
+        # of four dimensions, so that the library takes it for finished and builds none; our attention ignores it
+        self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
         if can_pack(self.device, self.dtype):
             for index in blocks:
                 pack_linears(self._layers[index])
@@ -66,28 +68,33 @@ class Stage:
         Each segment's keys and values are written to its cache at its position.
         """
         ragged = Ragged(segments)
-        return self._forward(hidden_ND.to(self.device, self.dtype), ragged, blocks or self.blocks)
+        setattr(self._base, self._layers_name, self._view(blocks or self.blocks))
+        return self._forward(hidden_ND.to(self.device, self.dtype), ragged)
 
-    def _forward(self, hidden_ND: torch.Tensor, ragged: Ragged, blocks: BlockRange) -> torch.Tensor:
-        setattr(self._base, self._layers_name, self._view(blocks))
+    def _forward(self, hidden_ND: torch.Tensor, ragged: Ragged) -> torch.Tensor:
         positions = torch.tensor(
             [[p for s in ragged.segments for p in range(s.position, s.position + s.end - s.start)]], device=self.device
         )
-        output = self._base(inputs_embeds=hidden_ND[None], position_ids=positions, use_cache=False, ragged=ragged)
+        output = self._base(
+            inputs_embeds=hidden_ND[None],
+            attention_mask=self._mask,
+            position_ids=positions,
+            use_cache=False,
+            ragged=ragged,
+        )
         output_ND: torch.Tensor = output.last_hidden_state[0]
         return output_ND
 
-    def _view(self, blocks: BlockRange) -> nn.ModuleList:
+    def _view(self, blocks: BlockRange) -> LayerView:
         """The layer list in which only `blocks` compute."""
         view = self._views.get(blocks)
         if view is None:
             if not self.blocks.covers(blocks):
                 raise BadRange(f"blocks {blocks} are not within this stage's {self.blocks}")
-            view = nn.ModuleList(
+            view = self._views[blocks] = LayerView(
                 layer if index in range(blocks.start, blocks.end) else self._bypass[index]
                 for index, layer in enumerate(self._layers)
             )
-            self._views[blocks] = view
         return view
 
     @torch.inference_mode()
@@ -95,18 +102,15 @@ class Stage:
         """Raises UnsupportedModel unless the cut model computes exactly its own blocks, with our attention in each."""
         probe = torch.linspace(-1, 1, 2 * self.hidden_size, device=self.device).reshape(2, -1).to(self.dtype)
         segment = Segment(KVCache(2), 0, 0, 2)
-        self._views[BlockRange(0, 1)], kept = nn.ModuleList(self._bypass), self._views.get(BlockRange(0, 1))
-        untouched = self._forward(probe, Ragged([segment]), BlockRange(0, 1))
-        if kept is None:
-            del self._views[BlockRange(0, 1)]
-        else:
-            self._views[BlockRange(0, 1)] = kept
+        setattr(self._base, self._layers_name, LayerView(self._bypass))
+        untouched = self._forward(probe, Ragged([segment]))
         if not torch.equal(untouched, probe):
             raise UnsupportedModel(
                 f"{type(self._base).__name__} changes activations outside its blocks and cannot be cut yet"
             )
         ragged = Ragged([segment])
-        self._forward(probe, ragged, self.blocks)
+        setattr(self._base, self._layers_name, self._view(self.blocks))
+        self._forward(probe, ragged)
         if ragged.calls != len(self.blocks):
             raise UnsupportedModel(
                 f"{type(self._base).__name__} ran our attention {ragged.calls} times in {len(self.blocks)} blocks; "
@@ -216,6 +220,20 @@ def _bypass(layer: nn.Module) -> None:
 
 def _unchanged(_: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return hidden_states
+
+
+class LayerView(nn.ModuleList):
+    """A list of layers that is cheap to slice and walk, which the library does anew in every step."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__(layers)
+        self._flat = list(super().__iter__())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._flat[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._flat)
 
 
 class NoPositions(nn.Module):
