@@ -11,6 +11,7 @@ from bsns.core.errors import BadFrame, BsnsError, PeerLost, error_from_wire
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message
 from bsns.protocol.greeting import Refusal
+from bsns.protocol.inference import Failure
 from bsns.transport.port import Stream
 
 log = structlog.get_logger(__name__)
@@ -22,9 +23,12 @@ Dial = Callable[[PeerId, Sequence[str]], Awaitable[Stream]]
 class Relay:
     """Outgoing streams by peer. Frames to one peer keep the order in which they were posted."""
 
-    def __init__(self, dial: Dial, on_lost: Callable[[PeerId], None]) -> None:
-        """`on_lost` is told of every peer whose stream has ended, whoever ended it."""
+    def __init__(
+        self, dial: Dial, on_failure: Callable[[PeerId, Failure], None], on_lost: Callable[[PeerId], None]
+    ) -> None:
+        """`on_failure` is told of sessions a peer no longer has, `on_lost` of every peer whose stream has ended."""
         self._dial = dial
+        self._on_failure = on_failure
         self._on_lost = on_lost
         self._streams: dict[PeerId, Stream] = {}
         self._watching: dict[PeerId, asyncio.Task[None]] = {}
@@ -50,9 +54,9 @@ class Relay:
         await asyncio.gather(*self._watching.values(), return_exceptions=True)
 
     async def _watch(self, stream: Stream) -> None:
-        """A next stage says nothing back: whatever comes ends the stream, and with it what is known of it."""
+        """A next stage says nothing back but which sessions it does not have: anything else ends the stream."""
         try:
-            await stream.each(self._refused)
+            await stream.each(lambda message, _: self._take(stream.peer, message))
         except BsnsError as error:
             log.info("lost a next stage", peer=stream.peer, reason=error.message)
         finally:
@@ -61,8 +65,11 @@ class Relay:
             await stream.close()
             self._on_lost(stream.peer)
 
-    @staticmethod
-    def _refused(message: Message, _: list[memoryview]) -> None:
-        if isinstance(message, Refusal):
-            raise error_from_wire(message.code, message.message)
-        raise BadFrame(f"a next stage does not say {type(message).__name__}")
+    def _take(self, peer: PeerId, message: Message) -> None:
+        match message:
+            case Failure():
+                self._on_failure(peer, message)
+            case Refusal():
+                raise error_from_wire(message.code, message.message)
+            case _:
+                raise BadFrame(f"a next stage does not say {type(message).__name__}")

@@ -56,7 +56,7 @@ class Worker:
     ) -> None:
         self._executor = executor
         self.sessions = sessions
-        self._relay = Relay(dial, self._on_next_lost)
+        self._relay = Relay(dial, self._on_next_failure, self._on_next_lost)
         self._batcher = Batcher()
         self._awake = threading.Condition()
         self._stopping = False
@@ -250,6 +250,12 @@ class Worker:
             stream.post(message, buffers)
         except PeerLost as lost:
             log.info("nobody there to hear", peer=stream.peer, message=type(message).__name__, reason=lost.message)
+
+    def _on_next_failure(self, peer: PeerId, failure: Failure) -> None:
+        """Tell a session's client that the next stage no longer has it; the stream's other sessions go on."""
+        session = self.sessions.get(failure.session)
+        if session is not None and session.next == peer:
+            self._post(self._clients.get(session.client), failure)
 
     def _on_next_lost(self, peer: PeerId) -> None:
         """Tell the clients of every session that went on through a next stage that is gone."""

@@ -475,6 +475,22 @@ async def test_a_next_stage_that_dies_fails_the_sessions_that_need_it(bench: Ben
     assert await serves(bench, first)
 
 
+async def test_a_session_gone_from_the_next_stage_alone_fails_alone(bench: Bench) -> None:
+    """Clients close on all stages at once: a step under way then finds the next stage ahead of its own."""
+    first, second = await bench.node("n0"), await bench.node("n1", BlockRange(2, 4))
+    caller, behind = await bench.call(first), await bench.call(second)
+    other, other_behind = await bench.call(first, "other"), await bench.call(second, "other")
+    for session, entry, end in ((1, caller, behind), (2, other, other_behind)):
+        assert isinstance(await entry.ask(opening(first, session, next_peer="n1", depth=2)), Opened)
+        assert isinstance(await end.ask(opening(second, session, previous_peer="n0", depth=2)), Opened)
+    assert isinstance(await behind.ask(Close(SessionId(1))), Closed)
+    await caller.step(0, 1)
+    failure = await caller.failure()
+    assert (failure.session, failure.code) == (1, "UnknownSession")
+    await other.step(0, 1, session=2)
+    assert np.array_equal((await other_behind.result())[1], hidden(0, 1) + 2)
+
+
 async def test_a_closed_sessions_late_result_is_not_delivered(bench: Bench) -> None:
     node = await bench.node("n")
     executor = bench.executors["n"]

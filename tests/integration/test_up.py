@@ -1,0 +1,179 @@
+"""`bsns up`: what it prints, and that nothing of it stays behind, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import BSNS, Family, bsns, environment, running, says, tiny, until
+
+__all__ = ["tiny"]
+
+LONG = ("--prompt", "Hi", "--max-tokens", "30000")
+
+
+def test_json_is_one_object(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", "--prompt", "Hi", "--max-tokens", "5", "--json") as command:
+        ended = command.finish(60)
+        assert ended.returncode == 0, ended
+        assert ended.stderr == ""
+        answer = json.loads(ended.stdout)
+        assert {"text", "tokens", "tokens_per_s", "ttft_ms", "nodes", "hops_ms"} <= answer.keys()
+        assert answer["tokens"] == 5
+        assert answer["tokens_per_s"] > 0
+        assert [node["range"] for node in answer["nodes"]] == ["0:2", "2:4"]
+        assert all({"id", "range", "device", "rss_mb"} <= node.keys() for node in answer["nodes"])
+        assert [hop["node"] for hop in answer["hops_ms"]] == [node["id"] for node in answer["nodes"]]
+        command.family.left_nothing()
+
+
+def test_the_answer_alone_goes_to_standard_output(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", "--prompt", "Hi", "--max-tokens", "3", "--raw") as command:
+        ended = command.finish(60)
+        assert ended.returncode == 0, ended
+        assert "serve" not in ended.stdout
+        assert "┃" not in ended.stdout
+        rows = [line.split("│")[2].strip() for line in ended.stderr.splitlines() if line.startswith("│")]
+        assert rows == ["0:2", "2:4"]
+        assert "3 tokens (cut off at 3; see --max-tokens)" in ended.stderr
+        command.family.left_nothing()
+
+
+def test_ctrl_c_in_the_middle_of_an_answer(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", *LONG) as command:
+        assert command.text(20)
+        command.signal(signal.SIGINT)
+        command.signal(signal.SIGINT)  # a wrapper such as make passes it on, besides the terminal
+        ended = command.finish(5)
+        assert ended.returncode == 130, ended
+        assert "Traceback" not in ended.stderr
+        command.family.left_nothing()
+
+
+def test_its_terminal_closed(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "1", "--json") as command:
+        command.event("serving")
+        command.signal(signal.SIGHUP)
+        assert command.finish(5).returncode == 130
+        command.family.left_nothing()
+
+
+@pytest.mark.parametrize("after_s", [0.6, 1.5])
+def test_a_signal_while_libraries_load(tiny: str, after_s: float) -> None:
+    with running("up", tiny, "--nodes", "2", *LONG) as command:
+        time.sleep(after_s)  # there is nothing to wait for: this is a moment, and any moment must do
+        command.signal(signal.SIGINT)
+        ended = command.finish(3)
+        assert ended.returncode == 130, ended
+        assert "Traceback" not in ended.stderr
+        command.family.left_nothing()
+
+
+def test_a_signal_while_nodes_start(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", *LONG) as command:
+        until(lambda: len(command.family.look().named("serve")) == 2, 20, "two nodes")
+        command.signal(signal.SIGTERM)
+        ended = command.finish(5)
+        assert ended.returncode == 130, ended
+        command.family.left_nothing()
+
+
+def test_killed_itself(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", *LONG) as command:
+        assert command.text(20)
+        assert len(command.family.look().living()) >= 6  # itself, two nodes, and a daemon for each
+        command.signal(signal.SIGKILL)
+        command.family.gone(5)
+
+
+@pytest.mark.parametrize("moment", ["starting", "serving"])
+def test_its_parent_killed(tiny: str, moment: str) -> None:
+    script = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    arguments = [sys.executable, "-c", script, *BSNS, "up", tiny, "--nodes", "1", "--json"]
+    parent = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    family = Family(parent.pid)
+    try:
+        assert parent.stdout is not None
+        if moment == "starting":
+            until(lambda: family.look().named("bsns.cli.main"), 10, "the command")
+        else:
+            assert json.loads(parent.stdout.readline())["event"] == "serving"
+        family.look()
+        parent.kill()
+        family.gone(5)
+    finally:
+        family.kill()
+        parent.communicate()
+
+
+def test_a_node_killed_in_the_middle_of_an_answer(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", *LONG) as command:
+        assert command.text(20)
+        nodes = command.family.look().named("serve")
+        nodes[1].kill()
+        ended = command.finish(20)
+        assert ended.returncode == 1, ended
+        assert "error: " in ended.stderr
+        assert "Traceback" not in ended.stderr
+        command.family.gone(5)
+
+
+def test_a_node_killed_while_nobody_asks(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "1", "--json") as command:
+        command.event("serving")
+        command.family.look().named("0:4")[0].kill()
+        says(command.finish(10), "node 1 was ended by SIGKILL", "0:4", status=1)
+        command.family.gone(5)
+
+
+def test_a_node_killed_while_it_starts(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", *LONG) as command:
+        until(lambda: command.family.look().named("2:4"), 20, "the second node")[0].kill()
+        ended = command.finish(10)
+        says(ended, "node 2 was ended by SIGKILL", "before it served", status=1)
+        command.family.left_nothing()
+
+
+def test_a_reader_that_leaves(tiny: str) -> None:
+    """As in `bsns up … | head -1`."""
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [*BSNS, "up", tiny, "--nodes", "1", *LONG], stdout=write, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    family = Family(process.pid)
+    try:
+        os.close(write)
+        assert os.read(read, 1)
+        os.close(read)
+        family.look()
+        _, stderr = process.communicate(timeout=8)
+        assert "Traceback" not in stderr
+        assert process.returncode != 0
+        family.gone(5)
+    finally:
+        family.kill()
+        process.communicate()
+
+
+def test_chat_from_a_pipe(tiny: str) -> None:
+    ended = bsns("up", tiny, "--nodes", "1", "--chat", "--max-tokens", "3", stdin="Hi\nand then?\n\n")
+    assert ended.returncode == 0, ended
+    assert "> " not in ended.stdout
+    assert "error" not in ended.stderr
+
+
+def test_families_see_children() -> None:
+    """The witness for every test above: a family finds a child, and knows whether it lives."""
+    family = Family(os.getpid())
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert child.pid in [member.pid for member in family.look().living()]
+    finally:
+        child.kill()
+        child.wait()
+    assert child.pid not in [member.pid for member in family.living()]

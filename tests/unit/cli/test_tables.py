@@ -1,0 +1,92 @@
+"""What `up` and `status` make of what nodes say."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from bsns.cli import status, up
+from bsns.client.generate import Stats
+from bsns.core.blocks import BlockRange
+from bsns.core.ids import ModelId, PeerId
+from bsns.node.view import NodeStatus
+from bsns.protocol.inference import Description
+from bsns.protocol.records import NodeRecord
+from bsns.routing.chain import Hop
+
+
+def node(
+    peer: str, start: int, end: int, *, state: str = "serving", error: str | None = None, model: str = "m"
+) -> NodeStatus:
+    record = NodeRecord(
+        peer=PeerId(peer),
+        addresses=(),
+        model=ModelId(f"id of {model}"),
+        model_name=model,
+        block_count=8,
+        start=start,
+        end=end,
+        state=state,
+        device="cpu",
+        dtype="float32",
+        executor="torch",
+        threads=1,
+        cache_tokens=100,
+        cache_tokens_left=90,
+        block_time_s=0.001,
+        rss_bytes=5_000_000,
+        version="0",
+        started_s=0.0,
+        expires_s=0.0,
+    )
+    now = None if error else Description(start, end, 2, 100, 40, 0.002, 6_000_000, 1, 1)
+    return NodeStatus(record, now, None if error else 0.003, error)
+
+
+def shown(view: object) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(view)
+    return console.export_text()
+
+
+def test_missing_ranges_are_those_that_nobody_serves_now() -> None:
+    nodes = [node("a", 0, 2), node("b", 2, 4, state="joining"), node("c", 4, 6, error="gone"), node("d", 6, 8)]
+    assert status.missing(nodes) == {"m": ["2:6"]}
+    assert status.missing([node("a", 0, 8)]) == {}
+    assert status.missing([node("a", 0, 8), node("b", 0, 4, model="other")]) == {"other": ["4:8"]}
+
+
+def test_nodes_come_in_the_order_of_their_blocks() -> None:
+    nodes = [node("a", 4, 8), node("b", 0, 4), node("c", 0, 2)]
+    assert [n.record.peer for n in up.in_block_order(nodes)] == ["c", "b", "a"]
+
+
+def test_a_node_as_json_has_fresh_numbers_if_it_answers() -> None:
+    fresh, stale = status.as_dict(node("a", 0, 8)), status.as_dict(node("a", 0, 8, error="no answer"))
+    assert (fresh["cache_tokens_left"], fresh["sessions"], fresh["round_trip_ms"]) == (40, 2, 3.0)
+    assert (stale["cache_tokens_left"], stale["sessions"], stale["error"]) == (90, None, "no answer")
+
+
+def test_the_status_table_names_the_model_once_or_in_each_row() -> None:
+    assert "m, 8 blocks" in shown(status.table([node("a", 0, 8)]))
+    two = shown(status.table([node("a", 0, 8), node("b", 0, 8, model="other", error="x")]))
+    assert "other" in two
+    assert "no answer" in two
+
+
+def test_an_answer_as_json() -> None:
+    stats = Stats(prompt_tokens=3, tokens=3, ttft_ms=5.0, decode_s=0.5)
+    stats.route = (
+        Hop(PeerId("a"), BlockRange(0, 4), ()),
+        Hop(PeerId("b"), BlockRange(4, 8), ()),
+    )
+    stats.turns_ms = [(9.0, ((1.0, 1.0), (1.0, 1.0))), (4.0, ((1.5, 1.0), (1.7, 1.2))), (4.0, ((1.5, 1.0), (1.7, 1.2)))]
+    nodes = [node("a", 0, 4), node("b", 4, 8)]
+    report = up.report("text", "stop", stats, nodes)
+    assert report["tokens_per_s"] == 4.0
+    assert report["hops_ms"] == [
+        {"node": "a", "range": "0:4", "compute": 1.0, "inside": 1.5},
+        {"node": "b", "range": "4:8", "compute": 1.2, "inside": 1.7},
+    ]
+    assert [n["rss_mb"] for n in report["nodes"]] == [6.0, 6.0]
+    assert "1.20 ms" in shown(up.table(stats, nodes))
+    assert "–" in shown(up.table(Stats(), nodes))

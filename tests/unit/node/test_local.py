@@ -1,0 +1,89 @@
+"""What a local swarm makes of what its nodes' processes say, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import CorruptModel, PeerFailed
+from bsns.node.local import LocalSwarm, _all, _how
+
+
+async def swarm_of(*scripts: str) -> tuple[LocalSwarm, list[tuple[int, str]]]:
+    """A swarm whose nodes are shell scripts."""
+    told: list[tuple[int, str]] = []
+    ranges = [BlockRange(n, n + 1) for n in range(len(scripts))]
+    swarm = LocalSwarm("m", ranges, told=lambda number, what: told.append((number, what)))
+    for script in scripts:
+        process = await asyncio.create_subprocess_exec("sh", "-c", script, stdout=asyncio.subprocess.PIPE)
+        swarm.processes.append(process)
+    return swarm, told
+
+
+async def test_progress_is_passed_on_and_noise_is_not() -> None:
+    swarm, told = await swarm_of(
+        """echo '{"event": "progress", "what": "loading"}'; echo noise; echo []; echo '{"event": "serving"}'; sleep 60"""
+    )
+    try:
+        await swarm._until_serving(0)
+        assert told == [(0, "blocks 0:1: loading"), (0, "blocks 0:1: serving")]
+    finally:
+        await swarm.close()
+    assert swarm.processes[0].returncode is not None
+
+
+async def test_a_nodes_own_error_is_raised() -> None:
+    swarm, _ = await swarm_of("""echo '{"event": "error", "code": "CorruptModel", "message": "it is damaged"}'""")
+    with pytest.raises(CorruptModel, match="node 1: it is damaged"):
+        await swarm._until_serving(0)
+    await swarm.close()
+
+
+async def test_a_node_that_ends_without_a_word() -> None:
+    swarm, _ = await swarm_of("exit 3", "kill -9 $$")
+    with pytest.raises(PeerFailed, match="node 1 ended with status 3 before it served"):
+        await swarm._until_serving(0)
+    with pytest.raises(PeerFailed, match="node 2 was ended by SIGKILL"):
+        await swarm._until_serving(1)
+    await swarm.close()
+
+
+async def test_a_lost_node_is_named() -> None:
+    swarm, _ = await swarm_of("sleep 60", "exit 1")
+    try:
+        assert (await swarm.lost()).message == "node 2 ended with status 1; nobody holds blocks 1:2 now"
+    finally:
+        await swarm.close()
+
+
+async def test_a_node_deaf_to_signals_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bsns.node.local.STOP_DEADLINE_S", 0.1)
+    swarm, _ = await swarm_of("""trap '' TERM; echo '{"event": "serving"}'; while :; do sleep 0.05; done""")
+    await swarm._until_serving(0)
+    await swarm.close()
+    assert swarm.processes[0].returncode == -9
+
+
+async def test_the_first_error_cancels_the_rest() -> None:
+    ended: list[str] = []
+
+    async def fail() -> None:
+        raise PeerFailed("first")
+
+    async def go_on() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("ended")
+
+    with pytest.raises(PeerFailed, match="first"):
+        await _all([go_on(), fail(), go_on()])
+    assert ended == ["ended", "ended"]
+
+
+def test_how_a_process_ended() -> None:
+    assert _how(0) == "ended with status 0"
+    assert _how(-15) == "was ended by SIGTERM"
+    assert _how(-9999) == "ended with status -9999"
