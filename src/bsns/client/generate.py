@@ -17,7 +17,16 @@ from bsns.client.links import Dial, Link, Links
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
-from bsns.core.errors import BadOption, BadTensor, BsnsError, PeerError, PeerFailed, PeerTimedOut, PromptTooLong
+from bsns.core.errors import (
+    BadOption,
+    BadTensor,
+    BsnsError,
+    PeerError,
+    PeerFailed,
+    PeerTimedOut,
+    PromptTooLong,
+    SwarmError,
+)
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.model.ends import Ends
 from bsns.protocol.inference import Part, Step
@@ -198,13 +207,17 @@ class Generator:
     async def _open(self, max_tokens: int, tries: int = 3) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try."""
         avoid: set[PeerId] = set()
+        refusal: PeerError | None = None
         while True:
-            route = await self._find_route(max_tokens, avoid)
+            try:
+                route = await self._find_route(max_tokens, avoid)
+            except (SwarmError, PeerError) as error:
+                raise refusal or error from None  # the refusal says more than that nobody is left
             session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
             try:
                 await session.open(self._deadline_s)
             except PeerError as error:
-                tries -= 1
+                tries, refusal = tries - 1, error
                 blamed = {hop.peer for hop in route if hop.peer in error.message} or {hop.peer for hop in route}
                 if tries == 0 or blamed <= avoid:
                     raise

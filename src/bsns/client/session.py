@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Sequence
 
 import structlog
 
 from bsns.client.links import Link, Links
-from bsns.core.errors import BsnsError
+from bsns.core.errors import BsnsError, PeerError
 from bsns.core.ids import ModelId, SessionId
-from bsns.protocol.inference import Open
+from bsns.protocol.inference import Close, Open
 from bsns.routing.chain import Route
 
 log = structlog.get_logger(__name__)
@@ -27,6 +28,7 @@ class Session:
         self._links = links
         self._model = model
         self._dtype = dtype
+        self._asked: list[Link] = []
         self._open: list[Link] = []
 
     @property
@@ -36,34 +38,49 @@ class Session:
 
     async def open(self, deadline_s: float = 10.0) -> None:
         """Open the session on every stage. Raises the first stage's error; nothing stays open then."""
-        results = await asyncio.gather(
-            *(self._open_stage(index, deadline_s) for index in range(len(self.route))), return_exceptions=True
-        )
-        self._open = [result for result in results if isinstance(result, Link)]
+        try:
+            results = await asyncio.gather(
+                *(self._open_stage(index, deadline_s) for index in range(len(self.route))), return_exceptions=True
+            )
+        except asyncio.CancelledError:
+            self._take_back()
+            raise
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
-            await self.close()
+            self._take_back()
             raise errors[0]
+        self._open = [result for result in results if isinstance(result, Link)]
+
+    def _take_back(self) -> None:
+        """Close on every stage that was asked: one that has not answered may have opened the session all the same."""
+        for link in self._asked:
+            with contextlib.suppress(BsnsError):
+                link.post(Close(self.id))
 
     async def _open_stage(self, index: int, deadline_s: float) -> Link:
         hop = self.route[index]
         onward = self.route[index + 1] if index + 1 < len(self.route) else None
         link = await self._links.to(hop.peer, hop.addresses)
-        await link.open(
-            Open(
-                session=self.id,
-                model=self._model,
-                start=hop.blocks.start,
-                end=hop.blocks.end,
-                dtype=self._dtype,
-                max_tokens=self.max_tokens,
-                depth=len(self.route),
-                next_peer=onward.peer if onward else None,
-                next_addresses=onward.addresses if onward else (),
-                previous_peer=self.route[index - 1].peer if index else None,
-            ),
-            deadline_s,
+        self._asked.append(link)
+        request = Open(
+            session=self.id,
+            model=self._model,
+            start=hop.blocks.start,
+            end=hop.blocks.end,
+            dtype=self._dtype,
+            max_tokens=self.max_tokens,
+            depth=len(self.route),
+            next_peer=onward.peer if onward else None,
+            next_addresses=onward.addresses if onward else (),
+            previous_peer=self.route[index - 1].peer if index else None,
         )
+        try:
+            await link.open(request, deadline_s)
+        except PeerError as error:
+            if any(known.peer in error.message for known in self.route):
+                raise
+            # Whoever looks for another route wants to know whom to avoid.
+            raise type(error)(f"node {hop.peer}: {error.message}") from error
         return link
 
     async def close(self, deadline_s: float = 2.0) -> None:

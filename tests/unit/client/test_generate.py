@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from memory_swarm import MemorySwarm, StageShelf, answer, until
@@ -160,6 +161,25 @@ async def test_a_reader_that_stops_frees_its_session_at_once(scene: Scene) -> No
     await scene.freed()
 
 
+async def test_readers_that_stop_disturb_nobody(scene: Scene) -> None:
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    expected = await answer(client, prompt(6), SamplingOptions(max_tokens=60))
+
+    async def stop_early(seed: int) -> None:
+        stream = client.stream(prompt(6, seed), SamplingOptions(max_tokens=100))
+        for _ in range(1 + seed % 7):
+            await anext(stream)
+        await stream.aclose()
+
+    outcomes = await asyncio.gather(
+        *(answer(client, prompt(6), SamplingOptions(max_tokens=60)) for _ in range(3)),
+        *(stop_early(seed) for seed in range(20)),
+    )
+    assert outcomes[:3] == [expected] * 3
+    await scene.freed()
+
+
 async def test_closing_the_client_frees_everything(scene: Scene) -> None:
     await scene.start()
     client = scene.swarm.client(scene.ends)
@@ -213,23 +233,39 @@ async def test_a_route_without_an_answer_ends_at_the_deadline(scene: Scene) -> N
     await scene.freed()
 
 
-async def test_a_node_that_refuses_is_avoided(scene: Scene) -> None:
+@pytest.mark.parametrize("how", ["full", "dead"])
+async def test_a_node_that_refuses_is_avoided_and_it_alone(scene: Scene, how: str) -> None:
+    """The directory does not know yet what has become of node-1, which is faster than the spare."""
     await scene.start(cache_tokens=200)
     spare = Moody(scene.shelf.stage(scene.path, BlockRange(2, 5)), dtype="float32")
     scene.executors.append(spare)
     await scene.swarm.add_node("spare", spare, block_count=5, cache_tokens=200)
+    records = scene.swarm.directory.shelf
+    records[PeerId("spare")] = msgspec.structs.replace(records[PeerId("spare")], block_time_s=1.0)
     client = scene.swarm.client(scene.ends)
-    # The directory does not know yet that somebody fills node-1.
-    other = scene.swarm.client(scene.ends, route=tuple(scene.swarm.nodes[f"node-{i}"].hop for i in (0, 1)))
-    full = other.stream(prompt(6), SamplingOptions(max_tokens=90))
-    await anext(full)
-    node_1 = scene.swarm.nodes["node-1"].worker.sessions
-    node_1.cache_tokens = 100
     stats = Stats()
-    tokens = [p.token async for p in client.stream(prompt(6), SamplingOptions(max_tokens=8), stats)]
-    assert len(tokens) == 8
+    await _said(client, stats)
+    assert [hop.peer for hop in stats.route] == ["node-0", "node-1"]
+    await scene.freed()
+    if how == "full":
+        scene.swarm.nodes["node-1"].worker.sessions.cache_tokens = 10
+    else:
+        scene.swarm.network.kill(PeerId("node-1"))
+    await _said(client, stats)
     assert [hop.peer for hop in stats.route] == ["node-0", "spare"]
-    await full.aclose()
+    await scene.freed()
+
+
+async def _said(client: Generator, stats: Stats) -> None:
+    said = [piece async for piece in client.stream(prompt(6), SamplingOptions(max_tokens=8), stats)]
+    assert len(said) == 8
+
+
+async def test_a_swarm_that_is_fuller_than_it_announced_says_how_full(scene: Scene) -> None:
+    await scene.start()
+    scene.swarm.nodes["node-1"].worker.sessions.cache_tokens = 10
+    with pytest.raises(CacheFull, match="node-1: 14 tokens of cache asked for, 10 of 10 left"):
+        await answer(scene.swarm.client(scene.ends), prompt(6), SamplingOptions(max_tokens=8))
     await scene.freed()
 
 

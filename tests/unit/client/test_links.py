@@ -262,7 +262,29 @@ async def test_a_session_that_cannot_open_everywhere_stays_open_nowhere(scene: S
     with pytest.raises(CacheFull if how == "refuses" else PeerUnreachable):
         await session.open(DEADLINE_S)
     for other in set("abc") - {name}:
-        assert nodes[other].said(Close) == [Close(session.id)]
+        await until(lambda node=nodes[other]: node.said(Close) == [Close(session.id)])
+
+
+async def test_a_stage_that_answers_too_late_is_closed_too(scene: Scene) -> None:
+    """It may have reserved the session all the same."""
+    nodes = {name: await scene.node(name) for name in "ab"}
+    nodes["b"].answers[Open] = lambda _: None
+    session = session_over(scene, "ab")
+    with pytest.raises(PeerTimedOut):
+        await session.open(0.05)
+    await until(lambda: all(node.said(Close) == [Close(session.id)] for node in nodes.values()))
+
+
+async def test_an_open_that_is_cancelled_is_closed_everywhere(scene: Scene) -> None:
+    nodes = {name: await scene.node(name) for name in "ab"}
+    nodes["b"].answers[Open] = lambda _: None
+    session = session_over(scene, "ab")
+    opening = asyncio.create_task(session.open(DEADLINE_S))
+    await until(lambda: all(node.said(Open) for node in nodes.values()))
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await until(lambda: all(node.said(Close) == [Close(session.id)] for node in nodes.values()))
 
 
 async def test_session_ids_are_drawn_and_fit_the_wire(scene: Scene) -> None:
