@@ -1,17 +1,17 @@
-"""The decoder: the client's one compute thread, which turns activations into tokens and tokens into activations.
+"""The decoder: turns activations into tokens and tokens into activations.
 
-Whatever has arrived when the thread is free is done as one batch: one product with the head for all rows, a token for
-each session, one look-up of all new tokens in the embedding. Results and next steps cross the threads once per turn.
+Whatever has arrived when it is free is done as one batch, a turn: one product with the head for all rows, a token for
+each session, one look-up of all new tokens in the embedding. Turns that are short run on the event loop, for handing
+them to a thread and back costs 0.1 ms a token; long ones (large vocabularies, many sessions) run on a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 
@@ -68,87 +68,80 @@ class Turned:
     finished: str | None
 
 
+SHORT_S = 0.005
+"""Turns that took less lately run on the event loop."""
+
 OnTurned = Callable[[list[Turned]], None]
 OnFailed = Callable[[list[Answer], Exception], None]
-T = TypeVar("T")
 
 
 class Decoder:
-    """Embedding, head and sampling on a thread of their own. All methods are for the event loop's thread, where
-    `on_turned` is called with each turn's tokens and `on_failed` with the answers of a turn that failed."""
+    """Embedding, head and sampling. All methods are for the event loop's thread, where `on_turned` is called with each
+    turn's tokens and `on_failed` with the answers of a turn that failed."""
 
     def __init__(self, ends: Ends, *, dtype: str, threads: int, on_turned: OnTurned, on_failed: OnFailed) -> None:
+        torch.set_num_threads(threads)
         self._ends = ends
         self._dtype = dtype
-        self._threads = threads
         self._on_turned = on_turned
         self._on_failed = on_failed
-        self._awake = threading.Condition()
         self._arrived: list[Arrived] = []
-        self._calls: list[Callable[[], None]] = []
-        self._stopping = False
+        self._turning = False
+        self._turn_s = SHORT_S
+        """How long a turn took lately."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
 
     def submit(self, arrived: Sequence[Arrived]) -> None:
         """Choose the next tokens of these answers."""
-        with self._awake:
-            self._arrived.extend(arrived)
-            self._awake.notify()
+        self._arrived.extend(arrived)
+        self._turn()
 
     async def embed(self, tokens: Sequence[int], position: int) -> memoryview:
         """Activations of tokens at `position` and after, as bytes in the wire's dtype."""
-        return await self._call(lambda: to_memory(self._embed(tokens, range(position, position + len(tokens)))))
+        return await self._loop.run_in_executor(
+            self._thread, lambda: to_memory(self._embed(tokens, range(position, position + len(tokens))))
+        )
 
     async def logits(self, hidden: memoryview, rows: int) -> torch.Tensor:
         """Logits (rows, vocabulary) of a result's rows."""
-        return await self._call(lambda: self._logits([hidden], rows))
+        return await self._loop.run_in_executor(self._thread, self._logits, [hidden], rows)
 
     async def close(self) -> None:
-        with self._awake:
-            self._stopping = True
-            self._awake.notify()
-        await asyncio.to_thread(self._thread.join, 10.0)
+        self._turning = True  # no turn starts any more
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
-    async def _call(self, work: Callable[[], T]) -> T:
-        future: asyncio.Future[T] = self._loop.create_future()
+    def _turn(self) -> None:
+        """Take the next turn, if none goes on and something has arrived."""
+        if self._turning or not self._arrived:
+            return
+        arrived, self._arrived = self._arrived, []
+        self._turning = True
+        if self._turn_s < SHORT_S:
+            self._finish(arrived, *self._try(arrived))
+            return
 
         def run() -> None:
-            try:
-                value = work()
-            except Exception as error:  # noqa: BLE001  crosses to the caller
-                self._loop.call_soon_threadsafe(_fail, future, error)
-            else:
-                self._loop.call_soon_threadsafe(_settle, future, value)
+            self._loop.call_soon_threadsafe(self._finish, arrived, *self._try(arrived))
 
-        with self._awake:
-            self._calls.append(run)
-            self._awake.notify()
-        return await future
+        self._thread.submit(run)
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        while True:
-            with self._awake:
-                while not (self._arrived or self._calls):
-                    if self._stopping:
-                        return
-                    self._awake.wait()
-                arrived, self._arrived = self._arrived, []
-                calls, self._calls = self._calls, []
-            if arrived:
-                self._turn(arrived)
-            for call in calls:
-                call()
-
-    def _turn(self, arrived: list[Arrived]) -> None:
+    def _try(self, arrived: list[Arrived]) -> tuple[list[Turned] | Exception, float]:
+        started_s = time.perf_counter()
         try:
-            turned = self._choose(arrived)
+            outcome: list[Turned] | Exception = self._choose(arrived)
         except Exception as error:  # noqa: BLE001  whatever a kernel raises must reach the answers' readers
-            self._loop.call_soon_threadsafe(self._on_failed, [item.answer for item in arrived], error)
+            outcome = error
+        return outcome, time.perf_counter() - started_s
+
+    def _finish(self, arrived: list[Arrived], outcome: list[Turned] | Exception, took_s: float) -> None:
+        self._turning = False
+        self._turn_s = took_s
+        if isinstance(outcome, Exception):
+            self._on_failed([item.answer for item in arrived], outcome)
         else:
-            self._loop.call_soon_threadsafe(self._on_turned, turned)
+            self._on_turned(outcome)
+        self._loop.call_soon(self._turn)
 
     def _choose(self, arrived: list[Arrived]) -> list[Turned]:
         now_s = time.perf_counter()
@@ -177,13 +170,3 @@ class Decoder:
 
     def _embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         return self._ends.embed(torch.tensor(tokens), torch.tensor(positions))
-
-
-def _settle(future: asyncio.Future[T], value: T) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
-def _fail(future: asyncio.Future[T], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

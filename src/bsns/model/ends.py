@@ -16,7 +16,7 @@ from bsns.model.tensors import TORCH_DTYPES
 
 
 class Ends:
-    """Embedding, last norm and head of a model. Not thread-safe: one caller at a time."""
+    """Embedding, last norm and head of a model. May be called from several threads."""
 
     def __init__(self, path: Path, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
         """Load the ends from a safetensors directory. Raises CorruptModel, UnsupportedModel."""

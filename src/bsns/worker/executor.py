@@ -10,8 +10,8 @@ from bsns.worker.batching import Batch
 
 
 class Executor(Protocol):
-    """Blocks and the KV caches behind them. `run` is called from one thread, the rest from another, never for the same
-    session at once."""
+    """Blocks and the KV caches behind them. `run` may be called from any thread, but one call at a time; the rest from
+    the event loop's, also while `run` goes on."""
 
     @property
     def name(self) -> str: ...

@@ -493,6 +493,7 @@ async def test_a_session_gone_from_the_next_stage_alone_fails_alone(bench: Bench
 
 async def test_a_closed_sessions_late_result_is_not_delivered(bench: Bench) -> None:
     node = await bench.node("n")
+    node.worker.block_time_s = 1.0  # slow, so that batches run on the thread
     executor = bench.executors["n"]
     caller = await bench.call(node)
     assert isinstance(await caller.ask(opening(node)), Opened)
@@ -524,10 +525,21 @@ async def test_idle_sessions_expire(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert (await caller.failure()).code == "UnknownSession"
 
 
-async def test_close_ends_the_compute_thread(bench: Bench) -> None:
+async def test_short_batches_run_on_the_loop_and_long_ones_on_a_thread(bench: Bench) -> None:
     node = await bench.node("n")
-    assert any(thread.name == "compute" and thread.is_alive() for thread in threading.enumerate())
-    before = threading.active_count()
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    await caller.step(0, 1)
+    await caller.result()
+    assert not computing()
+    node.worker.block_time_s = 1.0
+    await caller.step(1, 1)
+    _, rows = await caller.result()
+    assert np.array_equal(rows, hidden(1, 1) + 1)
+    assert computing()
     await node.worker.close()
-    assert threading.active_count() <= before
-    assert not any(thread.name == "compute" and thread.is_alive() for thread in threading.enumerate())
+    assert not computing()
+
+
+def computing() -> bool:
+    return any(thread.name.startswith("compute") for thread in threading.enumerate())
