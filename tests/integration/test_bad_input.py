@@ -38,12 +38,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         monkeypatch.setattr(sys, "argv", ["bsns", *arguments])
         capsys.readouterr()
         before = {child.pid for child in psutil.Process().children(recursive=True)}
-        with pytest.raises(SystemExit) as ended:
-            main.main()
+        ended = main.command()
         said = capsys.readouterr()
         left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
         assert left == []
-        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), said.out, said.err)
+        return subprocess.CompletedProcess(arguments, ended, said.out, said.err)
 
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(console, "leave", leave)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import typer
 
 import bsns
 from bsns.cli import bench, chat, generate, serve, status, up
-from bsns.cli.console import EXIT_INTERRUPTED, EXIT_USER, say_error
+from bsns.cli.console import EXIT_INTERRUPTED, EXIT_USER, leave, say_error
 
 app = typer.Typer(
     name="bsns",
@@ -59,19 +58,24 @@ def _options(
     pass
 
 
-def main() -> None:
-    """Run the command. A mistake in its use is one line on standard error, as every other error is."""
+def command() -> int:
+    """Run the command line; its status. A mistake in its use is one line on standard error, as every other error is."""
     try:
-        sys.exit(app(prog_name="bsns", standalone_mode=False))
+        return int(app(prog_name="bsns", standalone_mode=False) or 0)
     except _UsageError as error:
         if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
-            command = error.ctx.command_path if error.ctx is not None else "bsns"
-            say_error(f"{error.format_message()} ({command} --help shows how)")
-        sys.exit(EXIT_USER)
+            path = error.ctx.command_path if error.ctx is not None else "bsns"
+            say_error(f"{error.format_message()} ({path} --help shows how)")
+        return EXIT_USER
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+
+
+def main() -> None:
+    # Everything is in order by now; taking torch and its friends apart piece by piece would cost another second or two.
+    leave(command())
 
 
 if __name__ == "__main__":
