@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,16 +248,23 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
+_quieting = threading.Lock()
+_before: list[tuple[int, bool]] = []
+
+
 @contextmanager
 def quiet_library() -> Any:
     """The library's progress bars and its table of unused tensors are not for our users' screens."""
-    level = library_logging.get_verbosity()
-    bars = library_logging.is_progress_bar_enabled()
-    library_logging.set_verbosity(logging.CRITICAL)
-    library_logging.disable_progress_bar()
+    with _quieting:  # threads load at once: only the last to finish may restore what the first has found
+        _before.append((library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()))
+        library_logging.set_verbosity(logging.CRITICAL)
+        library_logging.disable_progress_bar()
     try:
         yield
     finally:
-        library_logging.set_verbosity(level)
-        if bars:
-            library_logging.enable_progress_bar()
+        with _quieting:
+            level, bars = _before.pop()
+            if not _before:
+                library_logging.set_verbosity(level)
+                if bars:
+                    library_logging.enable_progress_bar()
