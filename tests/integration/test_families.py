@@ -85,7 +85,8 @@ async def test_swarm_equals_library(family: str, tiny_model: TinyModel, shelf: S
 async def test_together_as_alone(family: str, tiny_model: TinyModel, shelf: StageShelf, swarm: MemorySwarm) -> None:
     path = tiny_model(family)
     client = await start(swarm, shelf, path, family)
-    prompts = [prompt(length, seed=length) for length in (1, 2, 3, 8, 13, 17, 40, CHUNK_ROWS + 6)]
+    # With these seeds the best token leads by 0.001 or more everywhere: 100 times what another batch size may round off.
+    prompts = [prompt(length, seed=1000 + length) for length in (1, 2, 3, 8, 13, 17, 40, CHUNK_ROWS + 6)]
     for options in (
         SamplingOptions(max_tokens=12),
         SamplingOptions(max_tokens=12, temperature=0.8, top_p=0.95, seed=5),
