@@ -85,7 +85,7 @@ async def test_swarm_equals_library(family: str, tiny_model: TinyModel, shelf: S
 async def test_together_as_alone(family: str, tiny_model: TinyModel, shelf: StageShelf, swarm: MemorySwarm) -> None:
     path = tiny_model(family)
     client = await start(swarm, shelf, path, family)
-    # With these seeds the best token leads by 0.001 or more everywhere: 100 times what another batch size may round off.
+    # With these seeds the best token leads by 0.0009 or more: 100 times what another batch size rounds off.
     prompts = [prompt(length, seed=1000 + length) for length in (1, 2, 3, 8, 13, 17, 40, CHUNK_ROWS + 6)]
     for options in (
         SamplingOptions(max_tokens=12),
