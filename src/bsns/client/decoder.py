@@ -17,6 +17,7 @@ import torch
 
 from bsns.client.sampling import SamplingOptions, sample
 from bsns.core.errors import BsnsError
+from bsns.core.ids import SessionId
 from bsns.model.ends import Ends
 from bsns.model.tensors import to_memory, to_tensor
 
@@ -25,6 +26,7 @@ from bsns.model.tensors import to_memory, to_tensor
 class Answer:
     """One answer in the making: its tokens so far and how the next is chosen."""
 
+    session: SessionId
     options: SamplingOptions
     end_tokens: frozenset[int]
     tokens: list[int]

@@ -75,22 +75,15 @@ class Stats:
         ]
 
 
-class _Listening:
-    """One answer's end of the client: what the loop has heard for it."""
+class _Reader:
+    """Whoever waits for what a session brings: an answer's turns, or, without an answer, a step's rows themselves."""
 
-    def __init__(self, session: Session, answer: Answer) -> None:
+    def __init__(self, session: Session, answer: Answer | None = None) -> None:
         self.session = session
         self.answer = answer
-        self.heard: asyncio.Queue[Turned | Exception] = asyncio.Queue()
-
-
-class _Rows:
-    """A caller that wants a step's rows themselves."""
-
-    def __init__(self) -> None:
-        self.heard: asyncio.Queue[memoryview | Exception] = asyncio.Queue()
-        self.rows = 0
-        """How many the step on its way asked for."""
+        self.heard: asyncio.Queue[Turned | memoryview | Exception] = asyncio.Queue()
+        self.wanted = 1
+        """How many rows the step on its way asked for."""
 
 
 class Generator:
@@ -121,9 +114,7 @@ class Generator:
         self._decoder = Decoder(
             ends, dtype=dtype, threads=threads, on_turned=self._on_turned, on_failed=self._on_decoder_failed
         )
-        self._listening: dict[SessionId, _Listening | _Rows] = {}
-        self._sessions: dict[SessionId, Session] = {}
-        self._of_answer: dict[int, _Listening] = {}
+        self._readers: dict[SessionId, _Reader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -147,19 +138,17 @@ class Generator:
                 f"the prompt has {len(tokens)} tokens, the model's context holds {self.context_tokens}; shorten it"
             )
         max_tokens = min(options.max_tokens, room)
-        answer = Answer(options, self.prompts.end_tokens, list(tokens), len(tokens), max_tokens)
         started_s = first_s = time.perf_counter()
         session = await self._open(len(tokens) + max_tokens)
+        answer = Answer(session.id, options, self.prompts.end_tokens, list(tokens), len(tokens), max_tokens)
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
-        listening = _Listening(session, answer)
-        self._listening[session.id] = listening
-        self._of_answer[id(answer)] = listening
+        reader = self._readers[session.id] = _Reader(session, answer)
         try:
             answer.sent_s = time.perf_counter()
             await self._prefill(session, tokens, wanted_last=1)
             detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
             while True:
-                turned = await self._hear(listening.heard, session)
+                turned = await self._hear(reader, Turned)
                 now_s = time.perf_counter()
                 stats.tokens += 1
                 if stats.tokens == 1:
@@ -177,7 +166,7 @@ class Generator:
                     return
                 yield Piece(text, turned.token)
         finally:
-            del self._listening[session.id], self._of_answer[id(answer)], self._sessions[session.id]
+            del self._readers[session.id]
             self._spawn(session.close())
 
     async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
@@ -185,17 +174,16 @@ class Generator:
         if len(tokens) > self.context_tokens:
             raise PromptTooLong(f"{len(tokens)} tokens do not fit the model's context of {self.context_tokens}")
         session = await self._open(len(tokens))
-        rows = _Rows()
-        self._listening[session.id] = rows
+        reader = self._readers[session.id] = _Reader(session)
         try:
             for start in range(0, len(tokens), CHUNK_ROWS):
                 chunk = tokens[start : start + CHUNK_ROWS]
-                rows.rows = len(chunk)
+                reader.wanted = len(chunk)
                 hidden = await self._decoder.embed(chunk, start)
                 await session.first.send(*self._step([(session.id, start, len(chunk), len(chunk), hidden)]))
-                yield await self._decoder.logits(await self._hear(rows.heard, session), len(chunk))
+                yield await self._decoder.logits(await self._hear(reader, memoryview), len(chunk))
         finally:
-            del self._listening[session.id], self._sessions[session.id]
+            del self._readers[session.id]
             self._spawn(session.close())
 
     async def close(self) -> None:
@@ -218,12 +206,11 @@ class Generator:
                 await session.open(self._deadline_s)
             except PeerError as error:
                 tries, refusal = tries - 1, error
-                blamed = {hop.peer for hop in route if hop.peer in error.message} or {hop.peer for hop in route}
+                blamed = {error.peer} if error.peer is not None else {hop.peer for hop in route}
                 if tries == 0 or blamed <= avoid:
                     raise
                 avoid |= blamed
             else:
-                self._sessions[session.id] = session
                 return session
 
     async def _prefill(self, session: Session, tokens: Sequence[int], *, wanted_last: int) -> None:
@@ -234,15 +221,17 @@ class Generator:
             hidden = await self._decoder.embed(chunk, start)
             await session.first.send(*self._step([(session.id, start, len(chunk), wanted, hidden)]))
 
-    async def _hear(self, heard: asyncio.Queue[T | Exception], session: Session) -> T:
+    async def _hear(self, reader: _Reader, kind: type[T]) -> T:
         try:
             async with asyncio.timeout(self._deadline_s):
-                item = await heard.get()
+                item = await reader.heard.get()
         except TimeoutError:
-            peers = ", ".join(hop.peer for hop in session.route)
+            peers = ", ".join(hop.peer for hop in reader.session.route)
             raise PeerTimedOut(f"no token came back within {self._deadline_s:g} s over {peers}") from None
         if isinstance(item, Exception):
             raise item
+        if not isinstance(item, kind):
+            raise TypeError(f"{type(item).__name__} for a reader of {kind.__name__}")
         return item
 
     def _step(self, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> tuple[Step, list[memoryview]]:
@@ -254,17 +243,16 @@ class Generator:
     def _on_results(self, peer: PeerId, results: list[tuple[Part, memoryview]]) -> None:
         arrived: list[Arrived] = []
         for part, hidden in results:
-            listening = self._listening.get(part.session)
-            if listening is None or not part.wanted:
+            reader = self._readers.get(part.session)
+            if reader is None or not part.wanted:
                 continue  # closed meanwhile, or the echo of a prompt chunk
-            wanted = listening.rows if isinstance(listening, _Rows) else 1
-            sound = part.wanted == wanted and hidden.nbytes == wanted * self._row_bytes
-            if not sound or peer != self._sessions[part.session].route[-1].peer:
+            sound = part.wanted == reader.wanted and hidden.nbytes == reader.wanted * self._row_bytes
+            if not sound or peer != reader.session.route[-1].peer:
                 raise BadTensor(f"{peer} answered session {part.session} with rows it should not have")
-            if isinstance(listening, _Rows):
-                listening.heard.put_nowait(hidden)
-            elif part.position + part.rows == len(listening.answer.tokens):
-                arrived.append(Arrived(listening.answer, hidden, part.hops))
+            if reader.answer is None:
+                reader.heard.put_nowait(hidden)
+            elif part.position + part.rows == len(reader.answer.tokens):
+                arrived.append(Arrived(reader.answer, hidden, part.hops))
         if arrived:
             self._decoder.submit(arrived)
 
@@ -272,13 +260,13 @@ class Generator:
         """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""
         groups: defaultdict[Link, list[tuple[SessionId, int, int, int, memoryview]]] = defaultdict(list)
         for item in turned:
-            listening = self._of_answer.get(id(item.answer))
-            if listening is None:
-                continue  # its reader has gone
+            reader = self._readers.get(item.answer.session)
+            if reader is None:
+                continue  # it has gone
             if item.hidden is not None:
-                session = listening.session
-                groups[session.first].append((session.id, len(item.answer.tokens) - 1, 1, 1, item.hidden))
-            listening.heard.put_nowait(item)
+                position = len(item.answer.tokens) - 1
+                groups[reader.session.first].append((item.answer.session, position, 1, 1, item.hidden))
+            reader.heard.put_nowait(item)
         for link, steps in groups.items():
             try:
                 link.post(*self._step(steps))
@@ -289,18 +277,16 @@ class Generator:
     def _on_decoder_failed(self, answers: list[Answer], error: Exception) -> None:
         failure = error if isinstance(error, BsnsError) else PeerFailed(f"choosing a token failed: {error!r}")
         for answer in answers:
-            listening = self._of_answer.get(id(answer))
-            if listening is not None:
-                listening.heard.put_nowait(failure)
+            self._on_failure(answer.session, failure)
 
     def _on_failure(self, session: SessionId, error: BsnsError) -> None:
-        listening = self._listening.get(session)
-        if listening is not None:
-            listening.heard.put_nowait(error)
+        reader = self._readers.get(session)
+        if reader is not None:
+            reader.heard.put_nowait(error)
 
     def _on_lost(self, peer: PeerId, error: BsnsError) -> None:
-        for id_, session in self._sessions.items():
-            if any(hop.peer == peer for hop in session.route):
+        for id_, reader in self._readers.items():
+            if any(hop.peer == peer for hop in reader.session.route):
                 self._on_failure(id_, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -127,7 +127,7 @@ class Link:
             case Result():
                 self._on_results(self.peer, split_rows(message, buffers))
             case Failure():
-                error = error_from_wire(message.code, message.message)
+                error = error_from_wire(message.code, message.message, message.about)
                 opening = self._opening.get(message.session)
                 if opening is not None:
                     _fail(opening, error)

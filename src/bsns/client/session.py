@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import structlog
 
 from bsns.client.links import Link, Links
-from bsns.core.errors import BsnsError, PeerError
+from bsns.core.errors import BsnsError
 from bsns.core.ids import ModelId, SessionId
 from bsns.protocol.inference import Close, Open
 from bsns.routing.chain import Route
@@ -59,6 +59,14 @@ class Session:
 
     async def _open_stage(self, index: int, deadline_s: float) -> Link:
         hop = self.route[index]
+        try:
+            return await self._ask_stage(index, deadline_s)
+        except BsnsError as error:
+            named = error if hop.peer in error.message else type(error)(f"node {hop.peer}: {error.message}")
+            raise named.about(error.peer or hop.peer) from None
+
+    async def _ask_stage(self, index: int, deadline_s: float) -> Link:
+        hop = self.route[index]
         onward = self.route[index + 1] if index + 1 < len(self.route) else None
         link = await self._links.to(hop.peer, hop.addresses)
         self._asked.append(link)
@@ -74,13 +82,7 @@ class Session:
             next_addresses=onward.addresses if onward else (),
             previous_peer=self.route[index - 1].peer if index else None,
         )
-        try:
-            await link.open(request, deadline_s)
-        except PeerError as error:
-            if any(known.peer in error.message for known in self.route):
-                raise
-            # Whoever looks for another route wants to know whom to avoid.
-            raise type(error)(f"node {hop.peer}: {error.message}") from error
+        await link.open(request, deadline_s)
         return link
 
     async def close(self, deadline_s: float = 2.0) -> None:

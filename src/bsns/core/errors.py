@@ -23,7 +23,9 @@ becomes PeerFailed, so that a newer peer's error is still a typed one.
 from __future__ import annotations
 
 import enum
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from bsns.core.ids import PeerId
 
 
 class Remedy(enum.Enum):
@@ -40,6 +42,13 @@ class BsnsError(Exception):
     """A failure with a one-line message that says what to do."""
 
     remedy: ClassVar[Remedy] = Remedy.TELL_USER
+    peer: PeerId | None = None
+    """Which peer is to blame, where that is known: whoever looks for another route avoids it."""
+
+    def about(self, peer: PeerId) -> Self:
+        """The same error, blaming `peer` unless somebody is blamed already."""
+        self.peer = self.peer or peer
+        return self
 
     @property
     def code(self) -> str:
@@ -189,7 +198,9 @@ def _leaves(kind: type[BsnsError]) -> list[type[BsnsError]]:
 ERRORS: dict[str, type[BsnsError]] = {kind.__name__: kind for kind in _leaves(BsnsError)}
 
 
-def error_from_wire(code: str, message: str) -> BsnsError:
+def error_from_wire(code: str, message: str, peer: PeerId | None = None) -> BsnsError:
     """The error a peer reported, rebuilt from its code; PeerFailed for a code we do not know."""
     kind = ERRORS.get(code)
-    return kind(message) if kind is not None else PeerFailed(f"{code}: {message}")
+    error = kind(message) if kind is not None else PeerFailed(f"{code}: {message}")
+    error.peer = peer
+    return error

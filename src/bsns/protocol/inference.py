@@ -71,11 +71,12 @@ class Result(msgspec.Struct, frozen=True, tag="result"):
 
 
 class Failure(msgspec.Struct, frozen=True, tag="failure"):
-    """A failed Open, step or session."""
+    """A failed Open, step or session; `about` is the peer to blame, if it is another than the one that tells."""
 
     session: SessionId
     code: str
     message: str
+    about: PeerId | None = None
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):

@@ -45,7 +45,10 @@ class Relay:
         """Make sure there is a stream. Raises PeerError."""
         async with self._locks.setdefault(peer, asyncio.Lock()):
             if peer not in self._streams:
-                stream = self._streams[peer] = await self._dial(peer, addresses)
+                try:
+                    stream = self._streams[peer] = await self._dial(peer, addresses)
+                except BsnsError as error:
+                    raise error.about(peer) from None
                 self._watching[peer] = asyncio.create_task(self._watch(stream))
 
     async def close(self) -> None:

@@ -175,7 +175,7 @@ class Worker:
             offset += part.rows
         for work in accepted:
             self._batcher.add(work)
-        self._compute()
+        self._loop.call_soon(self._compute)  # not now: frames that lie ready beside this one join its batch
 
     def _compute(self) -> None:
         """Run the next batch, if none runs and one waits."""
@@ -257,7 +257,7 @@ class Worker:
 
     def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
         """Tell a client that its session failed."""
-        self._post(stream, Failure(session, error.code, error.message))
+        self._post(stream, Failure(session, error.code, error.message, error.peer))
 
     def _post(self, stream: Stream | None, message: Message, buffers: Sequence[memoryview] = ()) -> None:
         """Send to a client; one that is gone needs no telling, its sessions are freed when its stream ends."""

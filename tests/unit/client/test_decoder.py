@@ -14,6 +14,7 @@ from memory_swarm import StageShelf
 from bsns.client.decoder import Answer, Arrived, Decoder, Turned
 from bsns.client.sampling import SamplingOptions
 from bsns.core.errors import PeerFailed
+from bsns.core.ids import SessionId
 from bsns.model.ends import Ends
 from bsns.model.tensors import to_memory, to_tensor
 
@@ -49,7 +50,7 @@ async def desk(shelf: StageShelf, tiny_model: Callable[[str], Path]) -> AsyncIte
 
 
 def answer(prompt: int = 3, max_tokens: int = 10, end_tokens: frozenset[int] = frozenset()) -> Answer:
-    return Answer(SamplingOptions(), end_tokens, list(range(prompt)), prompt, max_tokens)
+    return Answer(SessionId(1), SamplingOptions(), end_tokens, list(range(prompt)), prompt, max_tokens)
 
 
 def row(seed: int) -> memoryview:
