@@ -7,6 +7,7 @@ ends, and the two shortcuts it takes through the libraries stay inside it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import mmap
@@ -129,6 +130,7 @@ def convert_gguf(file: Path, directory: Path, progress: Progress | None = None) 
     """
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bsns.model.gguf", str(file.absolute()), str(directory.absolute())]
+    command.append(str(os.getpid()))
     with (
         tempfile.TemporaryFile("w+", errors="replace") as said,
         subprocess.Popen(
@@ -222,4 +224,8 @@ def _convert(file: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux":  # nobody waits for the work of an orphan (prctl 2, PR_SET_PDEATHSIG)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[3]):
+        sys.exit("whoever asked for the conversion is gone")
     _convert(Path(sys.argv[1]), Path(sys.argv[2]))
