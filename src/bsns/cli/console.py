@@ -115,6 +115,9 @@ def run(verb: Coroutine[Any, Any, None], *, as_json: bool = False, leashed: bool
             await verb
         except asyncio.CancelledError:
             status = EXIT_INTERRUPTED
+            if err.is_terminal:  # the shell's next line shall not begin behind ^C
+                with contextlib.suppress(OSError):
+                    err.print()
         except BrokenPipeError:  # whoever read our output has gone
             status = EXIT_FAILED
         except BsnsError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -55,7 +56,7 @@ def table(nodes: list[NodeStatus]) -> Table:
     models = {node.record.model_name for node in nodes}
     title = f"{models.pop()}, {nodes[0].record.block_count} blocks" if len(models) == 1 else None
     columns = ("blocks", "node", "device", "state", "cache left", "sessions", "block time", "round trip")
-    view = Table(*(columns if title else ("model", *columns)), title=title, title_justify="left")
+    view = Table(*(columns if title else ("model", *columns)), title=title, title_justify="left", box=SIMPLE_HEAD)
     for node in nodes:
         record, now = node.record, node.now
         cells = (
