@@ -153,6 +153,9 @@ async def test_tampered_and_replayed_frames_are_refused(place: Place) -> None:
         def is_closing(self) -> bool:
             return False
 
+        def get_write_buffer_size(self) -> int:
+            return 0
+
         def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
             return None
 

@@ -51,13 +51,15 @@ def test_batches(events: list[tuple[str, int, int]], depths: list[int], tick_s: 
             assert waiting[work.part.session].pop(0) is work
         assert batch.rows <= MAX_ROWS or len(batch.works) == 1
         short = [work for work in batch.works if work.part.rows <= SHORT_ROWS]
-        assert batch.works[: len(short)] == short
+        assert batch.works[0].arrived_s == oldest.arrived_s  # so that nobody starves
+        first_long = batch.works[:1] if batch.works[0].part.rows > SHORT_ROWS else []
+        assert list(batch.works)[len(first_long) :][: len(short)] == short
         fitting = [head for head in heads if head.session.blocks == batch.blocks]
         active = sum(now_s - at_s <= ACTIVE_S for at_s in stepped_s.values())
         allowed = max(1, -(-active // max(head.session.depth for head in fitting)))
         possible = [head for head in fitting if head.part.rows <= SHORT_ROWS]
         assert len(short) <= allowed
-        if sum(head.part.rows for head in possible) <= MAX_ROWS:
+        if sum(head.part.rows for head in [*first_long, *possible]) <= MAX_ROWS:
             assert len(short) == min(allowed, len(possible))
         return True
 

@@ -81,7 +81,7 @@ class _Reader:
     def __init__(self, session: Session, answer: Answer | None = None) -> None:
         self.session = session
         self.answer = answer
-        self.heard: asyncio.Queue[Turned | memoryview | Exception] = asyncio.Queue()
+        self.heard: asyncio.Queue[Turned | memoryview | Exception | None] = asyncio.Queue()
         self.wanted = 1
         """How many rows the step on its way asked for."""
 
@@ -180,14 +180,16 @@ class Generator:
                 chunk = tokens[start : start + CHUNK_ROWS]
                 reader.wanted = len(chunk)
                 hidden = await self._decoder.embed(chunk, start)
-                await session.first.send(*self._step([(session.id, start, len(chunk), len(chunk), hidden)]))
+                await self._send(session, (session.id, start, len(chunk), len(chunk), hidden))
                 yield await self._decoder.logits(await self._hear(reader, memoryview), len(chunk))
         finally:
             del self._readers[session.id]
             self._spawn(session.close())
 
     async def close(self) -> None:
-        """Close every link, which frees every session on every stage."""
+        """Close every link, which frees every session on every stage; answers under way end with PeerLost."""
+        for session in list(self._readers):
+            self._on_failure(session, PeerLost("the client was closed"))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._links.close()
         await self._decoder.close()
@@ -219,12 +221,21 @@ class Generator:
             chunk = tokens[start : start + CHUNK_ROWS]
             wanted = wanted_last if start + len(chunk) == len(tokens) else 0
             hidden = await self._decoder.embed(chunk, start)
-            await session.first.send(*self._step([(session.id, start, len(chunk), wanted, hidden)]))
+            await self._send(session, (session.id, start, len(chunk), wanted, hidden))
 
-    async def _hear(self, reader: _Reader, kind: type[T]) -> T:
+    async def _send(self, session: Session, step: tuple[SessionId, int, int, int, memoryview]) -> None:
         try:
             async with asyncio.timeout(self._deadline_s):
-                item = await reader.heard.get()
+                await session.first.send(*self._step([step]))
+        except TimeoutError:
+            raise PeerTimedOut(f"node {session.first.peer} took nothing for {self._deadline_s:g} s") from None
+
+    async def _hear(self, reader: _Reader, kind: type[T]) -> T:
+        item: Turned | memoryview | Exception | None = None
+        try:
+            while item is None:  # a prompt's chunks that have come through: it goes on, however long it is
+                async with asyncio.timeout(self._deadline_s):
+                    item = await reader.heard.get()
         except TimeoutError:
             peers = ", ".join(hop.peer for hop in reader.session.route)
             raise PeerTimedOut(f"no token came back within {self._deadline_s:g} s over {peers}") from None
@@ -244,8 +255,11 @@ class Generator:
         arrived: list[Arrived] = []
         for part, hidden in results:
             reader = self._readers.get(part.session)
-            if reader is None or not part.wanted:
-                continue  # closed meanwhile, or the echo of a prompt chunk
+            if reader is None:
+                continue  # closed meanwhile
+            if not part.wanted:
+                reader.heard.put_nowait(None)  # a chunk of the prompt has come through
+                continue
             sound = part.wanted == reader.wanted and hidden.nbytes == reader.wanted * self._row_bytes
             if not sound or peer != reader.session.route[-1].peer:
                 raise BadTensor(f"{peer} answered session {part.session} with rows it should not have")

@@ -101,6 +101,8 @@ class Client:
         """The prompt as the model reads it: through the chat template if there is one, unless `raw`."""
         prompts = self.generator.prompts
         if isinstance(prompt, str):
+            if not prompt:
+                raise BadOption("the prompt is empty; give some text")
             if raw or not prompts.has_chat_template:
                 return prompts.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
@@ -222,7 +224,8 @@ class SyncClient:
             while (text := self._run(_next(pieces))) is not None:
                 yield text
         finally:
-            self._run(pieces.aclose())
+            if not self._loop.is_closed():
+                self._run(pieces.aclose())
 
     def status(self) -> list[NodeStatus]:
         """See Client.status."""

@@ -21,6 +21,8 @@ from bsns.protocol.tensors import TensorSpec
 
 MAX_PARTS = 1024
 MAX_ROWS_PER_PART = 4096
+MAX_DEPTH = 64
+"""The most stages a route may have: what each notes in a step must fit the frame's header."""
 
 
 class Open(msgspec.Struct, frozen=True, tag="open"):

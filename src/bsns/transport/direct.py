@@ -37,7 +37,7 @@ from bsns.protocol.frames import (
     split_body,
 )
 from bsns.protocol.greeting import DirectOffer
-from bsns.transport.port import Handler, Take
+from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Take
 
 TOKEN_BYTES = 16
 KEY_BYTES = 32
@@ -92,6 +92,9 @@ class DirectStream(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             raise self._lost()
+        if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            transport.abort()
+            raise PeerLost(f"{self._peer} does not read what it is sent")
         frame = b"".join(encode(message, buffers))
         length = _LENGTH.pack(len(frame) + TAG_BYTES)
         sealed = self._seal.encrypt(_NONCE.pack(self._out, self._sent), frame, length)

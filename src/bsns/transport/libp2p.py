@@ -29,7 +29,7 @@ from bsns.core.errors import BadOption, BsnsError, NoSuchSwarm, PeerFailed, Peer
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message, encode
 from bsns.transport.framing import FrameReader
-from bsns.transport.port import Handler, Take
+from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Take
 
 PROTOCOL = "bsns/1"
 WRITE_BUFFER_BYTES = 1024 * 1024
@@ -94,6 +94,9 @@ class Libp2pStream:
         pieces = encode(message, buffers)
         if self._socket.is_closing():
             raise PeerLost(f"the stream to {self._peer} is closed")
+        if self._socket.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self._socket.abort()
+            raise PeerLost(f"{self._peer} does not read what it is sent")
         self._writer.writelines(pieces)
 
     async def send_bytes(self, data: bytes) -> None:

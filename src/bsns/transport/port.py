@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn, Protocol
 
 from bsns.core.ids import PeerId
-from bsns.protocol.frames import Buffer, Message
+from bsns.protocol.frames import MAX_BODY_BYTES, Buffer, Message
+
+MAX_UNSENT_BYTES = 4 * MAX_BODY_BYTES
 
 Take = Callable[[Message, list[memoryview]], None]
 
@@ -28,7 +30,7 @@ class Stream(Protocol):
     def post(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Queue one frame without waiting, for conversations that bound by themselves how much lies unsent.
 
-        Raises PeerLost, FrameTooLarge.
+        A peer that lets more than MAX_UNSENT_BYTES pile up is cut off. Raises PeerLost, FrameTooLarge.
         """
         ...
 

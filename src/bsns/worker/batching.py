@@ -1,7 +1,8 @@
 """Continuous batching: which steps run together, and when. Pure: time comes in as an argument.
 
-Every batch takes the waiting short steps (decoding) first and then as many prompt chunks as fit, so that a long prompt
-delays nobody by more than one chunk. A session is in a batch at most once, in order.
+Every batch takes the step that has waited longest, the waiting short steps (decoding), and then as many prompt chunks
+as fit, so that a long prompt delays nobody by more than one chunk and nobody starves. A session is in a batch at most
+once, in order.
 
 On a route of several stages the batch is cut so that every stage has one: if all sessions stepped in one batch, one
 stage would work while the others wait. With S sessions stepping through D stages a batch takes at most ⌈S / D⌉ of them.
@@ -83,7 +84,8 @@ class Batcher:
         long = [work for work in fitting if work.part.rows > SHORT_ROWS]
         chosen: list[Work] = []
         rows = 0
-        for work in (*short, *long):
+        oldest = [] if heads[0] in short else [heads[0]]
+        for work in (*oldest, *short, *(work for work in long if work is not heads[0])):
             if chosen and rows + work.part.rows > self.max_rows:
                 continue
             chosen.append(self._take(work.part.session))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, CacheFull, NotHere, PositionGap, UnknownSession
 from bsns.core.ids import ModelId, PeerId, SessionId
-from bsns.protocol.inference import MAX_ROWS_PER_PART, Open, Part
+from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Open, Part
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class SessionTable:
             raise NotHere(f"this node computes in {self.dtype}, not {message.dtype}; start the client with that dtype")
         if not 1 <= message.max_tokens <= self.context_tokens:
             raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
-        if not 1 <= message.depth <= 1024:
+        if not 1 <= message.depth <= MAX_DEPTH:
             raise BadFrame(f"a route of {message.depth} stages is impossible")
         if message.max_tokens > self.cache_tokens_left or len(self._sessions) >= self.max_sessions:
             raise CacheFull(
@@ -108,6 +108,8 @@ class SessionTable:
             raise UnknownSession(f"no session {part.session} is open here for this peer; reopen it and replay")
         if not 1 <= part.rows <= MAX_ROWS_PER_PART or not 0 <= part.wanted <= part.rows or part.position < 0:
             raise BadFrame(f"a step of {part.rows} rows at {part.position}, {part.wanted} wanted, is impossible")
+        if len(part.hops) >= session.depth:
+            raise BadFrame(f"a step that has passed {len(part.hops)} stages does not fit a route of {session.depth}")
         if part.position > session.end:
             raise PositionGap(f"the step starts at {part.position}, this stage has only {session.end} tokens; replay")
         if part.position + part.rows > session.max_tokens:

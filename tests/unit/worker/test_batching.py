@@ -45,14 +45,23 @@ def test_a_batch_knows_its_start_rows_and_blocks() -> None:
     assert [chosen.started_s for chosen in batch.works] == [7.5, 7.5]
 
 
-def test_short_steps_go_before_prompt_chunks() -> None:
+def test_short_steps_go_before_younger_prompt_chunks() -> None:
     batcher = Batcher(max_rows=100)
-    batcher.add(work(session(1), 60, at_s=0.0))
-    batcher.add(work(session(2), 60, at_s=0.1))
+    batcher.add(work(session(5), 1, at_s=0.0))
+    batcher.add(work(session(1), 60, at_s=0.1))
+    batcher.add(work(session(2), 60, at_s=0.2))
     for number in (3, 4):
-        batcher.add(work(session(number), SHORT_ROWS, at_s=0.2))
-    assert ids(batcher.next_batch(1.0)) == [3, 4, 1]
-    assert ids(batcher.next_batch(1.0)) == [2]
+        batcher.add(work(session(number), SHORT_ROWS, at_s=0.3))
+    assert ids(batcher.next_batch(0.4)) == [5, 3, 4, 1]
+    assert ids(batcher.next_batch(0.4)) == [2]
+
+
+def test_a_large_step_does_not_starve_behind_short_ones() -> None:
+    batcher = Batcher(max_rows=10)
+    batcher.add(work(session(1), 100, at_s=0.0))
+    batcher.add(work(session(2), 1, at_s=0.1))
+    assert ids(batcher.next_batch(0.2)) == [1]
+    assert ids(batcher.next_batch(0.2)) == [2]
 
 
 def test_a_later_chunk_that_fits_fills_the_batch() -> None:
