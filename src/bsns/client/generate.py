@@ -23,6 +23,7 @@ from bsns.core.errors import (
     BsnsError,
     PeerError,
     PeerFailed,
+    PeerLost,
     PeerTimedOut,
     PromptTooLong,
     SwarmError,
