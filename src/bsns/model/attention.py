@@ -24,31 +24,23 @@ NAME = "bsns"
 
 
 class KVCache:
-    """One session's keys and values on this stage: per layer a slab of `capacity` tokens.
+    """One session's keys and values on this stage: per layer a slab (2, 1, heads, capacity in tokens, head size).
 
     A slab's pages become resident when they are first written, so a reservation costs nothing until it is used.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._slabs: dict[int, torch.Tensor] = {}
 
-    def write(
-        self, layer: int, position: int, k_1HND: torch.Tensor, v_1HND: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a segment at `position`; the layer's keys and values from 0 to its end, views of shape (1, H, L, D)."""
-        slabs = self._slabs.get(layer)
-        if slabs is None:
-            slabs = self._slabs[layer] = (self._slab(k_1HND), self._slab(v_1HND))
-        end = position + k_1HND.shape[2]
-        keys, values = slabs
-        keys[:, :, position:end] = k_1HND
-        values[:, :, position:end] = v_1HND
-        return keys[:, :, :end], values[:, :, :end]
-
-    def _slab(self, sample_1HND: torch.Tensor) -> torch.Tensor:
-        _, heads, _, head_size = sample_1HND.shape
-        return torch.empty(1, heads, self.capacity, head_size, dtype=sample_1HND.dtype, device=sample_1HND.device)
+    def slab(self, layer: int, k_1HND: torch.Tensor) -> torch.Tensor:
+        """The layer's slab; `k_1HND` shows what its keys look like when it is made."""
+        slab = self._slabs.get(layer)
+        if slab is None:
+            _, heads, _, size = k_1HND.shape
+            slab = torch.empty(2, 1, heads, self.capacity, size, dtype=k_1HND.dtype, device=k_1HND.device)
+            self._slabs[layer] = slab
+        return slab
 
 
 @dataclass(slots=True)
@@ -106,27 +98,32 @@ def ragged_attention(
         raise UnsupportedModel(f"{type(module).__name__} needs attention features that BSNS does not compute yet")
     ragged.calls += 1
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    outputs = [
-        _attend(
-            ragged,
-            segment,
-            query[:, :, segment.start : segment.end],
-            *segment.cache.write(
-                layer,
-                segment.position,
-                key[:, :, segment.start : segment.end],
-                value[:, :, segment.start : segment.end],
-            ),
-            scaling,
-            sliding_window,
-        )
-        for segment in ragged.segments
-    ]
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return output.transpose(1, 2), None
+    heads, rows, size = query.shape[1:]
+    key_heads = key.shape[1]
+    # All rows are parted by a handful of calls here: what is called per session is what a step of many sessions costs.
+    kv_21HND = torch.stack((key, value))
+    q_N1KGD = query[0].transpose(0, 1).reshape(rows, 1, key_heads, heads // key_heads, size)
+    kv_rows, q_rows = kv_21HND.unbind(3), q_N1KGD.unbind(0)
+    outputs: list[torch.Tensor] = []
+    for segment in ragged.segments:
+        start, position = segment.start, segment.position
+        count = segment.end - start
+        slab = segment.cache.slab(layer, key)
+        if count == 1:
+            slab.select(3, position).copy_(kv_rows[start])
+            seen = position + 1 if sliding_window is None else min(position + 1, sliding_window)
+            keys, values = slab.narrow(3, position + 1 - seen, seen).unbind(0)
+            outputs.append(_attend_one(q_rows[start], keys, values, scaling).reshape(1, heads, size))
+        else:
+            slab.narrow(3, position, count).copy_(kv_21HND.narrow(3, start, count))
+            keys, values = slab.narrow(3, 0, position + count).unbind(0)
+            q_1HND = query.narrow(2, start, count)
+            outputs.append(_attend_many(ragged, segment, q_1HND, keys, values, scaling, sliding_window))
+    output_NHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output_NHD[None], None
 
 
-def _attend(
+def _attend_many(
     ragged: Ragged,
     segment: Segment,
     q_1HND: torch.Tensor,
@@ -135,33 +132,27 @@ def _attend(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
+    """Several new tokens of one session, each of which sees what is before it; (rows, heads, head size)."""
     rows = segment.end - segment.start
-    if rows == 1:
-        if window is not None and keys.shape[2] > window:
-            keys, values = keys[:, :, -window:], values[:, :, -window:]
-        return _attend_one(q_1HND, keys, values, scaling)
     grouped = keys.shape[1] != q_1HND.shape[1]
     if segment.position == 0 and (window is None or rows <= window):
-        return scaled_dot_product_attention(q_1HND, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
-    mask = ragged.mask(segment.position, rows, window, q_1HND.device)
-    return scaled_dot_product_attention(q_1HND, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        output = scaled_dot_product_attention(q_1HND, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+    else:
+        mask = ragged.mask(segment.position, rows, window, q_1HND.device)
+        output = scaled_dot_product_attention(q_1HND, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    return output[0].transpose(0, 1)
 
 
-def _attend_one(q_1H1D: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """One new token, which sees all keys given.
+def _attend_one(q_1KGD: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """One new token, which sees all keys given; its query heads grouped by the key head they share.
 
-    The query heads that share a key head are laid out as rows of one small product: torch's CPU kernel takes 18 µs for
-    3 rows against 92 µs for three heads of 1 row in bfloat16 (context 128), for it has no fast matrix-vector path.
+    The group makes the rows of one small product: torch's CPU kernel takes 18 µs for 3 rows against 92 µs for three
+    heads of 1 row in bfloat16 (context 128), for it has no fast matrix-vector path.
     """
-    _, heads, _, head_size = q_1H1D.shape
-    key_heads = keys.shape[1]
-    group = heads // key_heads
-    if group == 1 and q_1H1D.dtype != torch.float32 and q_1H1D.device.type == "cpu":
-        twice = scaled_dot_product_attention(q_1H1D.expand(-1, -1, 2, -1), keys, values, scale=scaling)
+    if q_1KGD.shape[2] == 1 and q_1KGD.dtype != torch.float32 and q_1KGD.device.type == "cpu":
+        twice = scaled_dot_product_attention(q_1KGD.expand(-1, -1, 2, -1), keys, values, scale=scaling)
         return twice[:, :, :1]
-    q_1KGD = q_1H1D.reshape(1, key_heads, group, head_size)
-    output_1KGD = scaled_dot_product_attention(q_1KGD, keys, values, scale=scaling)
-    return output_1KGD.reshape(1, heads, 1, head_size)
+    return scaled_dot_product_attention(q_1KGD, keys, values, scale=scaling)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

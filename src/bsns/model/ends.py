@@ -45,9 +45,13 @@ class Ends:
 
     @torch.inference_mode()
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """The last block's activations (N, hidden) as logits (N, vocabulary)."""
+        """The last block's activations (N, hidden) as float32 logits (N, vocabulary).
+
+        float32 because that is what sampling computes in, and torch finds the greatest of 49,152 bfloat16 numbers in
+        210 µs, of as many float32 in 10.
+        """
         logits_NV: torch.Tensor = self._head(self._norm(hidden_ND.to(self.device, self.dtype)))
-        return logits_NV
+        return logits_NV.float()
 
     @torch.inference_mode()
     def _check(self, model: torch.nn.Module) -> None:
