@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from bsns.bench.pipes import PipeLine
 from bsns.client.generate import Stats
 from bsns.client.sampling import SamplingOptions, sample
 from bsns.core.blocks import BlockRange
@@ -83,6 +84,13 @@ async def bench_decode(model: str, *, dtype: str, threads: int, quick: bool, tol
         told("loading the model library's own model and our engine in one process")
         library = await asyncio.to_thread(Library, source, dtype)
         engine = await asyncio.to_thread(Engine, source, dtype)
+        pipes = {}
+        for stages in (2, 3):
+            line = PipeLine(
+                source.path, equal_split(source.block_count, stages), dtype=dtype, threads=threads, ends=engine.ends
+            )
+            stack.callback(line.close)
+            pipes[f"pipes{stages}"] = line
         prompt = swarms["swarm2"].tokens(PROMPT)
         answers: dict[str, Callable[[], Awaitable[Run]]] = {
             "hf": lambda: asyncio.to_thread(library.answer, prompt, tokens),
@@ -100,6 +108,9 @@ async def bench_decode(model: str, *, dtype: str, threads: int, quick: bool, tol
                 run = await answer()
                 kept.single.setdefault(name, []).append(run.tokens_per_s)
                 kept.texts[name] = run.tokens
+            for name, line in pipes.items():
+                speed = await asyncio.to_thread(line.tokens_per_s, prompt, tokens)
+                kept.single.setdefault(name, []).append(speed)
             for count in STREAMS:
                 kept.streams.setdefault(count, []).append(await _streams(swarms["swarm2"], prompt, tokens, count))
             for length in PROMPT_TOKENS:
@@ -147,7 +158,7 @@ class Engine:
 
     def __init__(self, source: ModelSource, dtype: str) -> None:
         self._stage = Stage(source.path, BlockRange(0, source.block_count), dtype=dtype)
-        self._ends = Ends(source.path, dtype=dtype)
+        self.ends = Ends(source.path, dtype=dtype)
 
     def answer(self, prompt: list[int], tokens: int) -> Run:
         cache = KVCache(len(prompt) + tokens)
@@ -156,9 +167,9 @@ class Engine:
         step = prompt
         while len(times_s) < tokens:
             position = len(history) - len(step)
-            hidden = self._ends.embed(torch.tensor(step), torch.arange(position, len(history)))
+            hidden = self.ends.embed(torch.tensor(step), torch.arange(position, len(history)))
             hidden = self._stage.run(hidden, [Segment(cache, position, 0, len(step))])
-            token = sample(self._ends.logits(hidden[-1:])[0], history, options, len(history))
+            token = sample(self.ends.logits(hidden[-1:])[0], history, options, len(history))
             times_s.append(time.perf_counter())
             history.append(token)
             step = [token]
@@ -225,6 +236,8 @@ def _report(
             "engine/hf": round(single["engine"] / single["hf"], 3),
             "swarm2/engine": round(single["swarm2"] / single["engine"], 3),
             "swarm3/engine": round(single["swarm3"] / single["engine"], 3),
+            "swarm2/pipes2": round(single["swarm2"] / single["pipes2"], 3),
+            "swarm3/pipes3": round(single["swarm3"] / single["pipes3"], 3),
             "streams.16/streams.1": round(streams[16] / streams[1], 2),
         },
         "spread": {name: [round(min(v), 2), round(max(v), 2)] for name, v in samples.single.items()},

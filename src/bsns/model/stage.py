@@ -58,6 +58,8 @@ class Stage:
         if can_pack(self.device, self.dtype):
             for index in blocks:
                 pack_linears(self._layers[index])
+                for parameter in self._layers[index].parameters():
+                    parameter.data = parameter.data.clone()  # the last to hold on to the mapped checkpoint
         self._check()
 
     @torch.inference_mode()
