@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from collections.abc import AsyncIterator
 
@@ -178,6 +179,14 @@ async def test_a_huge_length_is_refused_before_anything_is_gathered(place: Place
     with pytest.raises(FrameTooLarge):
         await hear(far)
     writer.close()
+
+
+async def test_both_ends_notice_a_host_that_vanishes(place: Place) -> None:
+    for stream in await place.pair():
+        assert stream._transport is not None
+        raw = stream._transport.get_extra_info("socket")
+        assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
 
 
 async def test_an_offer_nobody_serves_is_unreachable() -> None:
