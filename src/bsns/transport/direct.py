@@ -7,12 +7,13 @@ sealed with AES-256-GCM (NIST SP 800-38D) under that key, a counter per directio
 reached (NAT, firewalls) both simply stay on libp2p.
 
     token (16 bytes), once, then both ways: u32 length | sealed frame
+
+The first frame is the listener's Pong: it shows the dialler that the peer itself is at the other end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import socket
 import struct
@@ -24,7 +25,7 @@ from typing import NoReturn
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from bsns.core.errors import BadFrame, FrameTooLarge, PeerLost, PeerUnreachable
+from bsns.core.errors import BadFrame, BsnsError, FrameTooLarge, PeerLost, PeerUnreachable
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import (
     MAX_BODY_BYTES,
@@ -38,6 +39,7 @@ from bsns.protocol.frames import (
     split_body,
 )
 from bsns.protocol.greeting import DirectOffer
+from bsns.protocol.inference import Pong
 from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Take
 
 TOKEN_BYTES = 16
@@ -45,7 +47,8 @@ KEY_BYTES = 32
 TAG_BYTES = 16
 OFFER_LIFETIME_S = 10.0
 MAX_OFFERS = 1024
-CONNECT_S = 1.0
+CONNECT_S = 0.5
+MAX_HOSTS = 4
 HIGH_WATER_BYTES = 1 << 20
 MAX_WAITING_BYTES = 4 * MAX_BODY_BYTES
 """Received but not yet taken frames beyond this stop the reading."""
@@ -135,8 +138,17 @@ class DirectStream(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def itself(self) -> DirectStream:
+        """What an event loop calls for the protocol of a new connection."""
+        return self
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.start(transport)  # type: ignore[arg-type]
+
+    def present(self, token: bytes) -> None:
+        """Show the listener the token, before anything else is sent."""
+        if self._transport is not None:
+            self._transport.write(token)
 
     def start(self, transport: asyncio.Transport, early: bytes = b"") -> None:
         """Begin on a connection, with what had arrived behind the token."""
@@ -256,6 +268,7 @@ class DirectListener:
         stream = DirectStream(peer, key, dialled=False)
         transport.set_protocol(stream)
         stream.start(transport, early)
+        stream.post(Pong(0))
         self._streams.add(stream)
         task = asyncio.get_running_loop().create_task(self._serve(stream, self._handler))
         self._tasks.add(task)
@@ -309,17 +322,19 @@ class _Knock(asyncio.Protocol):
 
 
 async def connect(peer: PeerId, offer: DirectOffer) -> DirectStream:
-    """Take up an offer. Raises PeerUnreachable, within `CONNECT_S` per address."""
+    """Take up an offer. Raises PeerUnreachable, after `CONNECT_S` per host at the latest."""
     if len(offer.token) != TOKEN_BYTES or len(offer.key) != KEY_BYTES:
         raise PeerUnreachable(f"{peer} offered a direct stream that cannot be")
-    for host in offer.hosts[:4]:
-        with contextlib.suppress(OSError, TimeoutError):
+    for host in offer.hosts[:MAX_HOSTS]:
+        stream = DirectStream(peer, offer.key, dialled=True)
+        try:
             async with asyncio.timeout(CONNECT_S):
-                transport, stream = await asyncio.get_running_loop().create_connection(
-                    lambda: DirectStream(peer, offer.key, dialled=True), host, offer.port
-                )
-            transport.write(offer.token)
-            return stream
+                await asyncio.get_running_loop().create_connection(stream.itself, host, offer.port)
+                stream.present(offer.token)
+                await stream.receive()  # whoever can seal a frame is the peer, and not somebody else at its address
+                return stream
+        except (OSError, TimeoutError, BsnsError):
+            await stream.close()
     raise PeerUnreachable(f"{peer} cannot be reached directly at {', '.join(offer.hosts)} port {offer.port}")
 
 
@@ -335,8 +350,12 @@ def notice_silence(raw: socket.socket) -> None:
 
 
 def hosts_of(addresses: Sequence[str]) -> tuple[str, ...]:
-    """The hosts in a peer's multiaddresses, in order, each once."""
+    """The hosts in a peer's multiaddresses, each once; loopback, everybody's own, only if there is no other."""
     named = (address.split("/") for address in addresses)
-    return tuple(
-        dict.fromkeys(part[2] for part in named if len(part) > 2 and part[1] in ("ip4", "ip6", "dns4", "dns6"))
-    )
+    kinds = ("ip4", "ip6", "dns4", "dns6")
+    hosts = dict.fromkeys(part[2] for part in named if len(part) > 2 and part[1] in kinds)
+    return tuple(host for host in hosts if not _is_loopback(host)) or tuple(hosts)
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
