@@ -16,7 +16,7 @@ import torch
 
 import bsns
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadOption, BsnsError, NotHere
+from bsns.core.errors import BadOption, BsnsError, NotEnoughMemory, NotHere
 from bsns.model.source import ModelSource
 from bsns.model.stage import Stage
 from bsns.node.peer import Listen, Peer
@@ -221,7 +221,10 @@ def _choose_blocks(
         return choose_range(source.block_count, holders, fit)
     blocks = BlockRange.parse(options.blocks, source.block_count)
     if len(blocks) > fit and options.memory_bytes:
-        fitting_blocks(memory_bytes, [sum(block_bytes[i] for i in blocks)], kv_bytes * len(blocks), tokens, rss_bytes())
+        raise NotEnoughMemory(
+            f"blocks {blocks} do not fit {options.memory_bytes / 2**20:.0f} MiB beside a cache of {tokens} tokens; "
+            f"{fit} of them do: give --memory more, or fewer --blocks"
+        )
     return blocks
 
 
