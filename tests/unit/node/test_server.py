@@ -49,5 +49,5 @@ def test_dtype_follows_the_swarm() -> None:
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert choose_device("cpu") == "cpu"
-    with pytest.raises(BadOption, match="available: .*cpu"):
+    with pytest.raises(BadOption, match=r"available: .*cpu"):
         choose_device("abacus")
