@@ -17,7 +17,7 @@ from bsns.protocol.frames import MAX_BODY_BYTES, Message
 from bsns.protocol.greeting import DirectOffer, Refusal
 from bsns.protocol.inference import Part, Ping, Pong, Step
 from bsns.protocol.tensors import TensorSpec
-from bsns.transport.direct import DirectListener, DirectStream, connect, hosts_of
+from bsns.transport.direct import MAX_STREAMS_PER_PEER, DirectListener, DirectStream, connect, hosts_of
 
 THERE = PeerId("there")
 HERE = PeerId("here")
@@ -204,6 +204,24 @@ async def test_an_offer_nobody_serves_is_unreachable() -> None:
         await connect(THERE, DirectOffer(("127.0.0.1",), 1, bytes(16), bytes(32)))
     with pytest.raises(PeerUnreachable):
         await connect(THERE, DirectOffer(("127.0.0.1",), 1, b"short", bytes(32)))
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 70_000), ("127.0.0.1", -1), ("127.0.0.1", 2**63), ("a" * 99, 1), ("x\0y", 1)]
+)
+async def test_an_offer_of_no_possible_place_is_unreachable(host: str, port: int) -> None:
+    with pytest.raises(PeerUnreachable):
+        await connect(THERE, DirectOffer((host,), port, bytes(16), bytes(32)))
+
+
+async def test_one_peer_holds_a_few_direct_streams_only(place: Place) -> None:
+    for _ in range(MAX_STREAMS_PER_PEER):
+        await place.pair()
+    with pytest.raises(PeerUnreachable):
+        await connect(THERE, place.offer())
+    offer = place.listener.offer(PeerId("somebody else"))
+    assert offer is not None
+    await connect(THERE, offer)
 
 
 async def test_sending_on_a_closed_stream_says_so(place: Place) -> None:

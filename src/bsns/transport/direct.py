@@ -47,6 +47,8 @@ KEY_BYTES = 32
 TAG_BYTES = 16
 OFFER_LIFETIME_S = 10.0
 MAX_OFFERS = 1024
+MAX_STREAMS_PER_PEER = 16
+"""Direct streams one peer may hold: each may keep a frame in the making, and an honest peer needs one."""
 CONNECT_S = 0.5
 MAX_HOSTS = 4
 HIGH_WATER_BYTES = 1 << 20
@@ -265,6 +267,8 @@ class DirectListener:
         peer, key, end_s = self._offers.pop(token, (None, b"", 0.0))
         if peer is None or end_s < time.monotonic() or self._handler is None:
             return None
+        if sum(stream.peer == peer for stream in self._streams) >= MAX_STREAMS_PER_PEER:
+            return None
         stream = DirectStream(peer, key, dialled=False)
         transport.set_protocol(stream)
         stream.start(transport, early)
@@ -333,7 +337,7 @@ async def connect(peer: PeerId, offer: DirectOffer) -> DirectStream:
                 stream.present(offer.token)
                 await stream.receive()  # whoever can seal a frame is the peer, and not somebody else at its address
                 return stream
-        except (OSError, TimeoutError, BsnsError):
+        except (OSError, TimeoutError, BsnsError, ValueError, OverflowError):  # the last two: no host, no port at all
             await stream.close()
     raise PeerUnreachable(f"{peer} cannot be reached directly at {', '.join(offer.hosts)} port {offer.port}")
 
