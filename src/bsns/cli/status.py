@@ -54,7 +54,7 @@ def status(join: JoinOption, as_json: JsonFlag = False) -> None:
 def table(nodes: list[NodeStatus]) -> Table:
     """One row per node, in the order of the blocks."""
     models = {node.record.model_name for node in nodes}
-    title = f"{models.pop()}, {nodes[0].record.block_count} blocks" if len(models) == 1 else None
+    title = Text(f"{models.pop()}, {nodes[0].record.block_count} blocks") if len(models) == 1 else None
     columns = ("blocks", "node", "device", "state", "cache left", "sessions", "block time", "round trip")
     view = Table(*(columns if title else ("model", *columns)), title=title, title_justify="left", box=SIMPLE_HEAD)
     for node in nodes:
@@ -62,14 +62,14 @@ def table(nodes: list[NodeStatus]) -> Table:
         cells = (
             str(record.blocks),
             f"…{record.peer[-8:]}",
-            f"{record.device} {record.dtype}",
+            Text(f"{record.device} {record.dtype}"),  # Text: what others announce is no markup
             record.state if node.error is None else Text("no answer", style="red"),
             f"{now.cache_tokens_left if now else record.cache_tokens_left} of {record.cache_tokens}",
             str(now.sessions) if now else "–",
             f"{(now.block_time_s if now else record.block_time_s) * 1e3:.2f} ms",
             f"{node.round_trip_s * 1e3:.2f} ms" if node.round_trip_s is not None else "–",
         )
-        view.add_row(*(cells if title else (record.model_name, *cells)))
+        view.add_row(*(cells if title else (Text(record.model_name), *cells)))
     return view
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import DtypeOption, JsonFlag, ModelArgument, doing, emit, err, out, run, see_through
@@ -201,7 +202,7 @@ def table(stats: Stats, nodes: list[NodeStatus]) -> Table:
         view.add_row(
             f"…{node.record.peer[-8:]}",
             str(node.record.blocks),
-            node.record.device,
+            Text(node.record.device),
             f"{rss / 1e6:.0f} MB",
             *(f"{time_ms:.2f} ms" if time_ms else "–" for time_ms in times.get(node.record.peer, (0.0, 0.0))),
         )

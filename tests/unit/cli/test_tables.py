@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import msgspec
 from rich.console import Console
 
 from bsns.cli import status, up
@@ -64,6 +67,16 @@ def test_a_node_as_json_has_fresh_numbers_if_it_answers() -> None:
     fresh, stale = status.as_dict(node("a", 0, 8)), status.as_dict(node("a", 0, 8, error="no answer"))
     assert (fresh["cache_tokens_left"], fresh["sessions"], fresh["round_trip_ms"]) == (40, 2, 3.0)
     assert (stale["cache_tokens_left"], stale["sessions"], stale["error"]) == (90, None, "no answer")
+
+
+def test_what_nodes_announce_is_shown_as_it_is() -> None:
+    """A device or a model called [/x] is bad markup, but a fine name."""
+    odd = node("a", 0, 8, model="[/m]")
+    odd = replace(odd, record=msgspec.structs.replace(odd.record, device="[/x]"))
+    for view in (status.table([odd]), status.table([odd, node("b", 0, 8)]), up.table(Stats(), [odd])):
+        assert "[/x]" in shown(view)
+    assert "[/m], 8 blocks" in shown(status.table([odd]))
+    assert "[/m]" in shown(status.table([odd, node("b", 0, 8)]))
 
 
 def test_the_status_table_names_the_model_once_or_in_each_row() -> None:
