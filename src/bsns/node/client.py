@@ -151,12 +151,12 @@ class Client:
         source = self._source
         if self._peer is None:
             self._peer = await Peer.join(self._invite, None)
-        dtype = await self._choose_dtype(View(self._peer.directory, source.model_id))
+        dtype = await self._choose_dtype(View(self._peer.directory, source.model_id, None, source.block_count))
         ends, prompts = await asyncio.gather(
             asyncio.to_thread(Ends, source.path, dtype=dtype, device=self._device),
             asyncio.to_thread(Prompts, source.path),
         )
-        self._view = view = View(self._peer.directory, source.model_id, dtype)
+        self._view = view = View(self._peer.directory, source.model_id, dtype, source.block_count)
 
         async def find_route(needed_tokens: int, avoid: Collection[PeerId]) -> Route:
             return await view.route(self.generator.links, needed_tokens, avoid)

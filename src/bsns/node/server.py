@@ -20,6 +20,7 @@ from bsns.core.errors import BadOption, BsnsError, NotEnoughMemory, NotHere
 from bsns.model.source import ModelSource
 from bsns.model.stage import Stage
 from bsns.node.peer import Listen, Peer
+from bsns.node.view import View
 from bsns.planning.joining import choose_range
 from bsns.planning.memory import fitting_blocks
 from bsns.protocol.records import NodeRecord
@@ -71,7 +72,7 @@ class Server:
         """Choose a range, load it and serve it. Raises UserError for what the options make impossible."""
         device = choose_device(options.device)
         torch.set_num_threads(options.threads or default_threads())
-        present = [record for record in await peer.directory.records() if record.model == source.model_id]
+        present = await View(peer.directory, source.model_id, None, source.block_count).records()
         dtype = choose_dtype(options.dtype, device, [record.dtype for record in present])
         block_bytes = _block_bytes(source, DTYPE_BYTES[dtype])
         kv_bytes = source.kv_bytes_per_token_per_block(DTYPE_BYTES[dtype])

@@ -30,12 +30,20 @@ class NodeStatus:
 
 
 class View:
-    """The swarm's nodes (of one model, in one dtype), as the directory and our own pings show them."""
+    """The swarm's nodes (of one model, in one dtype), as the directory and our own pings show them.
 
-    def __init__(self, directory: Directory, model: ModelId | None = None, dtype: str | None = None) -> None:
+    Whoever knows how many blocks the model has says so: a node that announces another number is no node of it.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        model: ModelId | None = None,
+        dtype: str | None = None,
+        block_count: int | None = None,
+    ) -> None:
         self._directory = directory
-        self._model = model
-        self._dtype = dtype
+        self._wanted = (model, dtype, block_count)
         self._records: list[NodeRecord] = []
         self._read_s = -RECORDS_FRESH_S
         self._round_trip_s: dict[PeerId, tuple[float, float]] = {}
@@ -44,7 +52,12 @@ class View:
         """The model's nodes, at most `RECORDS_FRESH_S` old."""
         if time.monotonic() - self._read_s >= RECORDS_FRESH_S:
             records = await self._directory.records()
-            self._records = [r for r in records if self._model in (None, r.model) and self._dtype in (None, r.dtype)]
+            model, dtype, count = self._wanted
+            self._records = [
+                r
+                for r in records
+                if model in (None, r.model) and dtype in (None, r.dtype) and count in (None, r.block_count)
+            ]
             self._read_s = time.monotonic()
         return self._records
 

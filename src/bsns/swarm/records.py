@@ -21,6 +21,7 @@ MAX_ADDRESS = 256
 MAX_TOKENS = 2**40
 MAX_BYTES = 2**50
 STATES = ("joining", "serving", "leaving")
+DTYPES = ("float32", "bfloat16", "float16")
 
 _record_decoder = msgspec.msgpack.Decoder(NodeRecord)
 _signed_decoder = msgspec.msgpack.Decoder(SignedRecord)
@@ -83,13 +84,13 @@ def check_record(record: NodeRecord) -> None:
         "model_name": (record.model_name, 256),
         "state": (record.state, 16),
         "device": (record.device, 64),
-        "dtype": (record.dtype, 32),
         "executor": (record.executor, 64),
         "version": (record.version, 64),
     }
     for name, (text, limit) in texts.items():
         _require(len(text) <= limit and text.isprintable(), record, f"{name} is too long or unprintable")
     _require(record.state in STATES, record, f"state is none of {', '.join(STATES)}")
+    _require(record.dtype in DTYPES, record, f"dtype is none of {', '.join(DTYPES)}")
     _require(len(record.addresses) <= MAX_ADDRESSES, record, f"more than {MAX_ADDRESSES} addresses")
     for address in record.addresses:
         sane = len(address) <= MAX_ADDRESS and address.isascii() and address.isprintable() and address.startswith("/")

@@ -77,6 +77,8 @@ def test_a_record_opens_as_signed() -> None:
         {"state": "hacked"},
         {"model_name": "x" * 257},
         {"device": "\x1b[2J"},
+        {"dtype": "int64"},
+        {"dtype": "load_library"},
         {"addresses": ("http://evil",)},
         {"addresses": ("/ip4/1.2.3.4/tcp/1/p2p/12D3KooWother",)},
         {"addresses": ("/ip4/1.2.3.4/tcp/1",) * 17},
