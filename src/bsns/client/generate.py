@@ -85,6 +85,8 @@ class _Reader:
         self.heard: asyncio.Queue[Turned | memoryview | Exception | None] = asyncio.Queue()
         self.wanted = 1
         """How many rows the step on its way asked for."""
+        self.coming = 0
+        """How many of the prompt's chunks are on their way that bring nothing back but that they came through."""
 
 
 class Generator:
@@ -222,6 +224,7 @@ class Generator:
             chunk = tokens[start : start + CHUNK_ROWS]
             wanted = wanted_last if start + len(chunk) == len(tokens) else 0
             hidden = await self._decoder.embed(chunk, start)
+            self._readers[session.id].coming += not wanted
             await self._send(session, (session.id, start, len(chunk), wanted, hidden))
 
     async def _send(self, session: Session, step: tuple[SessionId, int, int, int, memoryview]) -> None:
@@ -258,13 +261,17 @@ class Generator:
             reader = self._readers.get(part.session)
             if reader is None:
                 continue  # closed meanwhile
-            if not part.wanted:
+            if not part.wanted and reader.coming:
+                reader.coming -= 1
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
-            sound = part.wanted == reader.wanted and hidden.nbytes == reader.wanted * self._row_bytes
-            if not sound or peer != reader.session.route[-1].peer:
+            if hidden.nbytes != part.wanted * self._row_bytes or peer != reader.session.route[-1].peer:
                 raise BadTensor(f"{peer} answered session {part.session} with rows it should not have")
-            if reader.answer is None:
+            if part.wanted != reader.wanted:  # a stage before it may have asked for them: its other sessions go on
+                problem = f"{part.wanted} rows came back in place of {reader.wanted}"
+                lost = PeerLost(f"node {peer} broke the protocol, or a stage before it: {problem}")
+                self._on_failure(part.session, lost)
+            elif reader.answer is None:
                 reader.heard.put_nowait(hidden)
             elif part.position + part.rows == len(reader.answer.tokens):
                 arrived.append(Arrived(reader.answer, hidden, part.hops))

@@ -330,5 +330,50 @@ async def test_results_of_another_size_are_typed_and_fail_their_reader_alone(
     assert len([piece async for piece in honest]) == 19
 
 
+@pytest.mark.parametrize("wanted", [0, 2])
+async def test_rows_a_stage_did_not_ask_for_fail_their_session_alone(scene: Scene, wanted: int) -> None:
+    """The first stage asks the last for other rows than the client did; the last, an honest one, returns them."""
+    await scene.start()
+    client = scene.swarm.client(scene.ends, deadline_s=1.0)
+    honest = client.stream(prompt(6), SamplingOptions(max_tokens=20))
+    await anext(honest)
+    last = await client.links.to(PeerId("node-1"))
+    session = next(iter(client._readers))
+    stream = client.stream(prompt(6), SamplingOptions(max_tokens=50))
+    await anext(stream)
+    other = next(id_ for id_ in client._readers if id_ != session)
+    spec = TensorSpec.raw("hidden", "float32", (2, 32))
+    held = scene.swarm.nodes["node-1"].worker.sessions.get(other)
+    assert held is not None
+    last.post(Step((Part(other, held.end, 2, wanted),), (spec,)), [bytes(spec.nbytes)])
+    with pytest.raises(PeerLost, match="or a stage before it"):
+        async for _ in stream:
+            pass
+    assert len([piece async for piece in honest]) == 19
+
+
+async def test_a_stage_that_only_says_it_is_coming_ends_at_the_deadline(scene: Scene) -> None:
+    """A last stage that reports a prompt's chunk as come through again and again, and never a row."""
+    await scene.start()
+    liar = scene.swarm.network.transport("liar")
+
+    async def lull(stream: Stream) -> None:
+        while True:
+            message, _ = await stream.receive()
+            if isinstance(message, Open):
+                await stream.send(Opened(message.session, 1))
+            elif isinstance(message, Step):
+                part = msgspec.structs.replace(message.parts[0], wanted=0)
+                for _ in range(100):
+                    await stream.send(Result((part,), (TensorSpec.raw("hidden", "float32", (0, 32)),)))
+                    await asyncio.sleep(0.05)
+
+    await liar.listen(lull)
+    client = scene.swarm.client(scene.ends, deadline_s=0.2)
+    client._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
+    with pytest.raises((PeerLost, PeerTimedOut)):
+        await asyncio.wait_for(answer(client, prompt(6), SamplingOptions()), 3)
+
+
 async def _route(*hops: Hop) -> Route:
     return hops
