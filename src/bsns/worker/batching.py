@@ -64,6 +64,7 @@ class Batcher:
     def add(self, work: Work) -> None:
         id_ = work.part.session
         self._queues.setdefault(id_, deque()).append(work)
+        work.session.waiting += work.part.rows
         if work.part.rows <= SHORT_ROWS:
             self._stepped[id_] = work.arrived_s
             self._stepped.move_to_end(id_)
@@ -96,6 +97,7 @@ class Batcher:
     def _take(self, session: SessionId) -> Work:
         queue = self._queues[session]
         work = queue.popleft()
+        work.session.waiting -= work.part.rows
         if not queue:
             del self._queues[session]
         return work

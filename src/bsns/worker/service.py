@@ -174,6 +174,8 @@ class Worker:
                 accepted.append(Work(session, part, body, now_s))
             offset += part.rows
         for work in accepted:
+            if len(accepted) < len(message.parts):  # what was refused shall not stay in memory with what was not
+                work.hidden = bytes(work.hidden)
             self._batcher.add(work)
         self._loop.call_soon(self._compute)  # not now: frames that lie ready beside this one join its batch
 

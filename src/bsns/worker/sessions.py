@@ -25,6 +25,8 @@ class Session:
     end: int = 0
     """How many tokens the stage has been given; the next step may start here or anywhere before."""
     seen_s: float = 0.0
+    waiting: int = 0
+    """How many rows it was given that have not run yet."""
 
 
 class SessionTable:
@@ -114,6 +116,10 @@ class SessionTable:
             raise PositionGap(f"the step starts at {part.position}, this stage has only {session.end} tokens; replay")
         if part.position + part.rows > session.max_tokens:
             raise BadFrame(f"the step ends at {part.position + part.rows}, beyond the {session.max_tokens} reserved")
+        if session.waiting + part.rows > session.max_tokens:
+            raise BadFrame(
+                f"{session.waiting} rows wait to be computed already, of {session.max_tokens} tokens reserved"
+            )
         session.end = part.position + part.rows
         session.seen_s = now_s
         return session

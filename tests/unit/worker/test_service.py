@@ -340,6 +340,40 @@ async def test_wrong_parts_fail_their_session_alone(bench: Bench, part: Part, co
     assert np.array_equal((await caller.result())[1], hidden(0, 1) + 1)
 
 
+async def test_a_client_cannot_pile_up_steps(bench: Bench) -> None:
+    """A step may be repeated, but no session has more rows waiting than it reserved tokens."""
+    node = await bench.node("n")
+    node.worker.block_time_s = 1.0  # slow, so that batches run on the thread
+    executor = bench.executors["n"]
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    executor.may_run.clear()
+    await caller.step(0, 32)
+    await until(executor.running.is_set)
+    for rows in (20, 12, 1):  # the first runs
+        await caller.step(0, rows)
+    failure = await caller.failure()
+    assert (failure.session, failure.code) == (1, "BadFrame")
+    assert "32 rows wait" in failure.message
+    executor.may_run.set()
+    for rows in (32, 20, 12):
+        assert np.array_equal((await caller.result())[1], hidden(0, rows) + 1)
+    await caller.step(0, 32)
+    assert np.array_equal((await caller.result())[1], hidden(0, 32) + 1)
+
+
+async def test_refused_rows_do_not_stay_in_memory_with_their_frame(bench: Bench) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    step, body = frame(Part(SessionId(1), 0, 1, 1), hidden(0, 31))
+    await caller.say(Step((*step.parts, Part(SessionId(2), 0, 30, 0)), step.tensors), body)
+    assert (await caller.failure()).session == 2
+    await caller.result()
+    (work,) = bench.executors["n"].batches[0].works
+    assert isinstance(work.hidden, bytes)
+
+
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
