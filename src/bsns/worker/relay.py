@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
@@ -32,7 +33,10 @@ class Relay:
         self._on_lost = on_lost
         self._streams: dict[PeerId, Stream] = {}
         self._watching: dict[PeerId, asyncio.Task[None]] = {}
-        self._locks: dict[PeerId, asyncio.Lock] = {}
+        # by peer and addresses, so that whoever names wrong ones holds up nobody else; each as long as it is in use
+        self._locks: weakref.WeakValueDictionary[tuple[PeerId, Sequence[str]], asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
 
     def post(self, peer: PeerId, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Send a frame to a peer that sessions have connected to. Raises PeerLost; the next `connect` dials anew."""
@@ -43,13 +47,19 @@ class Relay:
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure there is a stream. Raises PeerError."""
-        async with self._locks.setdefault(peer, asyncio.Lock()):
-            if peer not in self._streams:
-                try:
-                    stream = self._streams[peer] = await self._dial(peer, addresses)
-                except BsnsError as error:
-                    raise error.about(peer) from None
-                self._watching[peer] = asyncio.create_task(self._watch(stream))
+        lock = self._locks.setdefault((peer, tuple(addresses)), asyncio.Lock())
+        async with lock:
+            if peer in self._streams:
+                return
+            try:
+                stream = await self._dial(peer, addresses)
+            except BsnsError as error:
+                raise error.about(peer) from None
+            if peer in self._streams:  # reached meanwhile, at other addresses
+                await stream.close()
+                return
+            self._streams[peer] = stream
+            self._watching[peer] = asyncio.create_task(self._watch(stream))
 
     async def close(self) -> None:
         for task in self._watching.values():

@@ -9,6 +9,10 @@ from bsns.core.errors import BadFrame, CacheFull, NotHere, PositionGap, UnknownS
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Open, Part
 
+MAX_ADDRESSES = 16
+MAX_TEXT = 256
+"""Letters in a peer id or an address: a session keeps them as long as it is open."""
+
 
 @dataclass(slots=True)
 class Session:
@@ -68,18 +72,25 @@ class SessionTable:
         if message.session in self._sessions:
             raise BadFrame(f"session {message.session} is open already")
         if message.model != self.model:
-            raise NotHere(f"this node serves model {self.model}, not {message.model}")
+            raise NotHere(f"this node serves model {self.model}, not {message.model[:MAX_TEXT]}")
         if not 0 <= message.start < message.end:
             raise BadFrame(f"blocks {message.start}:{message.end} are no range")
         blocks = BlockRange(message.start, message.end)
         if not self.held.covers(blocks):
             raise NotHere(f"this node holds blocks {self.held}, not {blocks}")
         if message.dtype != self.dtype:
-            raise NotHere(f"this node computes in {self.dtype}, not {message.dtype}; start the client with that dtype")
+            raise NotHere(
+                f"this node computes in {self.dtype}, not {message.dtype[:16]}; start the client with that dtype"
+            )
         if not 1 <= message.max_tokens <= self.context_tokens:
             raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
         if not 1 <= message.depth <= MAX_DEPTH:
             raise BadFrame(f"a route of {message.depth} stages is impossible")
+        peers = [peer for peer in (message.previous_peer, message.next_peer) if peer is not None]
+        if len(message.next_addresses) > MAX_ADDRESSES or any(
+            len(text) > MAX_TEXT for text in (*peers, *message.next_addresses)
+        ):
+            raise BadFrame(f"more than {MAX_ADDRESSES} addresses, or one or a peer of more than {MAX_TEXT} letters")
         if message.max_tokens > self.cache_tokens_left or len(self._sessions) >= self.max_sessions:
             raise CacheFull(
                 f"{message.max_tokens} tokens of cache asked for, {self.cache_tokens_left} of {self.cache_tokens} left "

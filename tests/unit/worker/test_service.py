@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from memory_swarm import MODEL, MemorySwarm, Node, until
 
 from bsns.core.blocks import BlockRange
+from bsns.core.errors import PeerUnreachable
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, PREFIX, Message
 from bsns.protocol.greeting import Refusal, Welcome
@@ -32,8 +34,10 @@ from bsns.protocol.inference import (
     Step,
 )
 from bsns.protocol.tensors import TensorSpec
-from bsns.transport.memory import MemoryStream
+from bsns.transport.memory import MemoryNetwork, MemoryStream
+from bsns.transport.port import Stream
 from bsns.worker.batching import Batch
+from bsns.worker.relay import Relay
 
 HIDDEN = 4
 DEADLINE_S = 5.0
@@ -491,6 +495,37 @@ async def test_a_dead_next_stage_fails_the_open(bench: Bench) -> None:
     assert node.worker.sessions.cache_tokens_left == 128
     assert bench.executors["n"].open_sessions == set()
     assert await serves(bench, node)
+
+
+async def test_whoever_names_wrong_addresses_of_a_next_stage_holds_up_nobody_else() -> None:
+    network = MemoryNetwork()
+    near, far = network.transport("near"), network.transport("far")
+    await far.listen(lambda _: asyncio.Event().wait())  # type: ignore[arg-type, return-value]
+    dialled: list[Sequence[str]] = []
+
+    async def dial(peer: PeerId, addresses: Sequence[str]) -> Stream:
+        dialled.append(addresses)
+        if "wrong" in addresses:
+            await asyncio.sleep(DEADLINE_S)
+        return await near.dial(peer, addresses)
+
+    relay = Relay(dial, lambda *_: None, lambda *_: None)
+    far_away = [asyncio.create_task(relay.connect(far.peer, ("wrong",))) for _ in range(3)]
+    await until(lambda: bool(dialled))
+    async with asyncio.timeout(1):
+        await asyncio.gather(*(relay.connect(far.peer, far.addresses) for _ in range(3)))
+    assert dialled == [("wrong",), far.addresses]
+    for task in far_away:
+        task.cancel()
+    await asyncio.gather(*far_away, return_exceptions=True)
+    for number in range(20):
+        with pytest.raises(PeerUnreachable):
+            await relay.connect(PeerId(f"nobody-{number}"), ())
+    gc.collect()
+    assert len(relay._locks) < 5  # nothing is kept of those asked for
+    await relay.close()
+    for transport in (near, far):
+        await transport.close()
 
 
 async def test_a_next_stage_that_dies_fails_the_sessions_that_need_it(bench: Bench) -> None:

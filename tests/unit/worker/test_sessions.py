@@ -79,6 +79,10 @@ def test_an_admitted_session_is_as_asked() -> None:
         ({"max_tokens": 2**62}, BadFrame),
         ({"depth": 0}, BadFrame),
         ({"depth": 1025}, BadFrame),
+        ({"next_peer": "x" * 257}, BadFrame),
+        ({"previous_peer": "x" * 257}, BadFrame),
+        ({"next_addresses": ("/ip4/192.0.2.1/tcp/1",) * 17}, BadFrame),
+        ({"next_addresses": ("/" * 257,)}, BadFrame),
     ],
 )
 def test_refused_opens_leave_no_trace(changes: dict[str, Any], error: type[BsnsError]) -> None:
