@@ -126,6 +126,11 @@ def test_the_synchronous_face(tiny: str, swarm: tuple[Running, str]) -> None:
         give_up_s = time.monotonic() + 5
         while any(node.now is None or node.now.sessions for node in client.status()):
             assert time.monotonic() < give_up_s
+        texts = client.generate("Hi", max_tokens=30000)
+        next(texts)
+    for late in (texts, client.generate("Hi"), bsns.SyncClient(swarm[1], tiny).generate("Hi")):
+        with pytest.raises(RuntimeError, match="use `with"):
+            next(late)
     with pytest.raises(InviteInvalid), bsns.SyncClient("nonsense", tiny):
         pass
 

@@ -224,7 +224,7 @@ class SyncClient:
             while (text := self._run(_next(pieces))) is not None:
                 yield text
         finally:
-            if not self._loop.is_closed():
+            if self._thread.is_alive():
                 self._run(pieces.aclose())
 
     def status(self) -> list[NodeStatus]:
@@ -233,6 +233,9 @@ class SyncClient:
         return nodes
 
     def _run(self, coroutine: Any) -> Any:
+        if not self._thread.is_alive():  # nobody would ever answer
+            coroutine.close()
+            raise RuntimeError("use `with bsns.SyncClient(…) as client`")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _stop(self) -> None:
