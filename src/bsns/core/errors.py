@@ -195,12 +195,21 @@ def _leaves(kind: type[BsnsError]) -> list[type[BsnsError]]:
     return [leaf for child in kind.__subclasses__() for leaf in (child, *_leaves(child))]
 
 
+MAX_MESSAGE = 1000
+"""Letters of a peer's message that are passed on."""
 ERRORS: dict[str, type[BsnsError]] = {kind.__name__: kind for kind in _leaves(BsnsError)}
 
 
 def error_from_wire(code: str, message: str, peer: PeerId | None = None) -> BsnsError:
-    """The error a peer reported, rebuilt from its code; PeerFailed for a code we do not know."""
+    """The error a peer reported, rebuilt from its code; PeerFailed for a code we do not know.
+
+    The message is cut to a readable length, and what could play tricks on a terminal is left out.
+    """
     kind = ERRORS.get(code)
-    error = kind(message) if kind is not None else PeerFailed(f"{code}: {message}")
+    error = kind(_line(message)) if kind is not None else PeerFailed(_line(f"{code[:64]}: {message}"))
     error.peer = peer
     return error
+
+
+def _line(text: str) -> str:
+    return "".join(letter for letter in " ".join(text[:MAX_MESSAGE].split()) if letter.isprintable())

@@ -47,6 +47,14 @@ def test_a_newer_peers_error_is_still_a_typed_one() -> None:
     assert "try later" in error.message
 
 
+@pytest.mark.parametrize("code", ["PeerFailed", "\x1b[2JHiccup"])
+def test_what_a_peer_says_is_one_readable_line(code: str) -> None:
+    error = error_from_wire(code, "first\nsecond \x1b[31mred\x07\u202e" + "x" * 100_000)
+    assert "first second [31mred" in error.message
+    assert error.message.isprintable()
+    assert len(error.message) <= 1000
+
+
 def test_whoever_is_blamed_first_stays_blamed() -> None:
     error: PeerError = PeerLost("gone")
     assert error.peer is None
