@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from processes import BLOCKS, Running, bsns, running, status, tiny, until
+from processes import BLOCKS, Running, bsns, running, says, status, tiny, until
 
 from bsns.swarm.invites import parse_invite
 
@@ -101,6 +101,17 @@ def test_a_node_that_is_asked_to_leave_says_goodbye(
     assert peer not in [node["id"] for node in seen["nodes"]]
     assert list(seen["missing"].values()) == [[f"3:{BLOCKS}"]]
     node.family.left_nothing()
+
+
+def test_a_node_whose_daemon_dies_says_so_and_ends(tiny: str) -> None:
+    """Nobody can reach it any more: it must not stay as if it served."""
+    with running("serve", tiny, "--blocks", "0:1", "--threads", "1", "--json") as node:
+        node.event("serving")
+        (daemon,) = node.family.named("p2pd")
+        daemon.kill()
+        ended = node.finish(15)
+        says(ended, "libp2p daemon", status=1)
+        node.family.gone()
 
 
 def test_a_founder_for_people_prints_an_invite_in_one_piece(tiny: str) -> None:

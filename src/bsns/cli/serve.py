@@ -136,6 +136,6 @@ def serve(
                     out.print(f"  bsns serve {shlex.quote(model)} --join {peer.invite}", highlight=False, markup=False)
                     out.print("and use it with:")
                     out.print(f"  bsns chat {shlex.quote(model)} --join {peer.invite}", highlight=False, markup=False)
-            await asyncio.Event().wait()
+            raise await peer.transport.lost()
 
     run(verb(), as_json=as_json, leashed=leashed is not None)

@@ -322,6 +322,11 @@ class Libp2pTransport:
         self._streams = {known for known in self._streams if not known._socket.is_closing()}
         self._streams.add(stream)
 
+    async def lost(self) -> BsnsError:
+        """See transport.port.Transport: the daemon has ended, and nobody can reach us any more."""
+        status = await self.p2p._child.wait()
+        return PeerFailed(f"the libp2p daemon of this process ended with status {status}; start it again")
+
     async def close(self) -> None:
         """Close every stream and end the daemon; leaves no child, socket or file behind."""
         if self._closed:

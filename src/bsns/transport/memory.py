@@ -174,6 +174,10 @@ class MemoryTransport:
     async def listen(self, handler: Handler) -> None:
         self.handler = handler
 
+    async def lost(self) -> BsnsError:
+        never: asyncio.Future[BsnsError] = asyncio.get_running_loop().create_future()  # it has no machine of its own
+        return await never
+
     async def close(self) -> None:
         self._network.forget(self._peer)
         self.handler = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn, Protocol
 
+from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import MAX_BODY_BYTES, Buffer, Message
 
@@ -71,6 +72,10 @@ class Transport(Protocol):
 
     async def listen(self, handler: Handler) -> None:
         """Call `handler` in a task of its own for each stream others open; the stream closes when it returns."""
+        ...
+
+    async def lost(self) -> BsnsError:
+        """Wait until this peer is cut off from the network by a fault of its own machine; the error that says how."""
         ...
 
     async def close(self) -> None:
