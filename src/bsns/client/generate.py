@@ -200,7 +200,7 @@ class Generator:
     async def _open(self, max_tokens: int, tries: int = 3) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try."""
         avoid: set[PeerId] = set()
-        refusal: PeerError | None = None
+        refusal: BsnsError | None = None
         while True:
             try:
                 route = await self._find_route(max_tokens, avoid)
@@ -209,7 +209,7 @@ class Generator:
             session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
             try:
                 await session.open(self._deadline_s)
-            except PeerError as error:
+            except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
                 tries, refusal = tries - 1, error
                 blamed = {error.peer} if error.peer is not None else {hop.peer for hop in route}
                 if tries == 0 or blamed <= avoid:

@@ -233,7 +233,7 @@ async def test_a_route_without_an_answer_ends_at_the_deadline(scene: Scene) -> N
     await scene.freed()
 
 
-@pytest.mark.parametrize("how", ["full", "dead"])
+@pytest.mark.parametrize("how", ["full", "dead", "nonsense"])
 async def test_a_node_that_refuses_is_avoided_and_it_alone(scene: Scene, how: str) -> None:
     """The directory does not know yet what has become of node-1, which is faster than the spare."""
     await scene.start(cache_tokens=200)
@@ -249,6 +249,8 @@ async def test_a_node_that_refuses_is_avoided_and_it_alone(scene: Scene, how: st
     await scene.freed()
     if how == "full":
         scene.swarm.nodes["node-1"].worker.sessions.cache_tokens = 10
+    elif how == "nonsense":
+        scene.swarm.nodes["node-1"].worker.sessions.context_tokens = 0  # answers every Open with BadFrame
     else:
         scene.swarm.network.kill(PeerId("node-1"))
     await _said(client, stats)
