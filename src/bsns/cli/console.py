@@ -243,7 +243,7 @@ def parse_size(text: str | None) -> int | None:
             raise ValueError
         number, unit, binary = match.groups()
         size = int(float(number) * (1024 if binary else 1000) ** units[unit.upper()])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise BadOption(f"{text!r} is not a size; write for example 2GiB or 500MB") from None
     if size <= 0:
         raise BadOption(f"{text!r} is not a size above zero")
@@ -311,9 +311,9 @@ def _flush() -> None:
 
 def _quiet_logs() -> None:
     """Our own log at BSNS_LOG (default: warning), on standard error; libraries only when they warn."""
-    level = os.environ.get("BSNS_LOG", "warning").upper()
+    level = logging.getLevelNamesMapping().get(os.environ.get("BSNS_LOG", "").upper(), logging.WARNING)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level, logging.WARNING)),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -196,13 +197,32 @@ def test_a_spinner_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 @pytest.mark.parametrize(
+    ("named", "level"),
+    [
+        ("debug", logging.DEBUG),
+        ("Error", logging.ERROR),
+        ("nonsense", logging.WARNING),
+        ("basic_format", logging.WARNING),
+    ],
+)
+def test_a_level_is_one_of_loggings_or_the_usual(monkeypatch: pytest.MonkeyPatch, named: str, level: int) -> None:
+    """BASIC_FORMAT is a name in logging, too, but of no level."""
+    taken: list[int] = []
+    monkeypatch.setenv("BSNS_LOG", named)
+    monkeypatch.setattr(console.structlog, "configure", lambda **_: None)
+    monkeypatch.setattr(console.structlog, "make_filtering_bound_logger", taken.append)
+    console._quiet_logs()
+    assert taken == [level]
+
+
+@pytest.mark.parametrize(
     ("text", "size"), [("2GiB", 2 << 30), ("500MB", 500_000_000), ("1.5 k", 1500), ("7", 7), (None, None)]
 )
 def test_sizes(text: str | None, size: int | None) -> None:
     assert console.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "2 apples", "-1", "0", "1..5G"])
+@pytest.mark.parametrize("text", ["", "GiB", "2 apples", "-1", "0", "1..5G", "9" * 400 + "GiB"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(BadOption):
         console.parse_size(text)
