@@ -154,7 +154,7 @@ class _Clock:
 
 
 class Engine:
-    """Our engine with the whole model in one process and no network: the ceiling of what a swarm can reach."""
+    """Our engine with the whole model in one process and no network."""
 
     def __init__(self, source: ModelSource, dtype: str) -> None:
         self._stage = Stage(source.path, BlockRange(0, source.block_count), dtype=dtype)

@@ -148,7 +148,7 @@ class Generator:
         reader = self._readers[session.id] = _Reader(session, answer)
         try:
             answer.sent_s = time.perf_counter()
-            await self._prefill(session, tokens, wanted_last=1)
+            await self._prefill(session, tokens)
             detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
             while True:
                 turned = await self._hear(reader, Turned)
@@ -174,6 +174,8 @@ class Generator:
 
     async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
         """Logits (rows, vocabulary) for every position of a text, chunk by chunk. Raises as `stream` does."""
+        if not tokens:
+            raise BadOption("the text is empty; give at least one token")
         if len(tokens) > self.context_tokens:
             raise PromptTooLong(f"{len(tokens)} tokens do not fit the model's context of {self.context_tokens}")
         session = await self._open(len(tokens))
@@ -218,11 +220,11 @@ class Generator:
             else:
                 return session
 
-    async def _prefill(self, session: Session, tokens: Sequence[int], *, wanted_last: int) -> None:
+    async def _prefill(self, session: Session, tokens: Sequence[int]) -> None:
         """Send a prompt in chunks without waiting between them, so that the stages work on different chunks at once."""
         for start in range(0, len(tokens), CHUNK_ROWS):
             chunk = tokens[start : start + CHUNK_ROWS]
-            wanted = wanted_last if start + len(chunk) == len(tokens) else 0
+            wanted = 1 if start + len(chunk) == len(tokens) else 0
             hidden = await self._decoder.embed(chunk, start)
             self._readers[session.id].coming += not wanted
             await self._send(session, (session.id, start, len(chunk), wanted, hidden))

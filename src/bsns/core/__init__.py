@@ -1,1 +1,1 @@
-"""The nouns everybody shares: ids, block ranges, nodes, routes, errors. No I/O, no torch, no clocks."""
+"""The nouns everybody shares: ids, block ranges, errors. No I/O, no torch, no clocks."""

@@ -1,0 +1,12 @@
+"""Loading and cutting models.
+
+source      what a user calls a model, as a directory on this disk
+gguf        GGUF files converted to such a directory, once
+checkpoint  what the headers of a checkpoint say (without torch)
+families    where a family keeps its parts, for the few that differ
+stage       a range of blocks, run by the library's own layers
+ends        embedding, last norm and head, which stay with the client
+attention   ragged attention over the sessions' KV slabs
+linear      prepacked linear layers for CPUs
+tensors     between torch tensors and a frame's bytes
+"""

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import torch
 
 from bsns.client.generate import Generator, Piece, Stats
-from bsns.client.links import Links
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange, missing_blocks
@@ -248,4 +247,4 @@ async def _next(pieces: AsyncIterator[str]) -> str | None:
     return await anext(pieces, None)
 
 
-__all__ = ["Client", "Links", "NodeStatus", "SyncClient"]
+__all__ = ["Client", "NodeStatus", "SyncClient"]

@@ -89,7 +89,7 @@ class Server:
             state="joining",
             device=device,
             dtype=dtype,
-            executor="torch",
+            executor=TorchExecutor.name,
             threads=torch.get_num_threads(),
             cache_tokens=cache_tokens,
             cache_tokens_left=cache_tokens,
@@ -150,6 +150,8 @@ class Server:
                 await self.publish("serving")
             except BsnsError as error:
                 log.warning("could not announce; trying again", reason=error.message)
+            except Exception:
+                log.exception("could not announce; trying again")  # a node that falls silent here is lost to all
             else:
                 published_s = time.monotonic()
 

@@ -4,6 +4,7 @@ frames      how a message and its tensors become bytes, with every length bounde
 greeting    who may talk: Hello and Welcome
 inference   a session's life on a stage: Open, Step, Result, Close
 records     what a node announces about itself
+tensors     how a message describes the tensors in its frame
 membership  invites and the certificates made from them
 
 Client and worker share these words and nothing else. docs/protocol.md is the same in prose.

@@ -20,7 +20,8 @@ from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.tensors import TensorSpec
 
 MAX_PARTS = 1024
-MAX_ROWS_PER_PART = 4096
+MAX_ROWS_PER_PART = 512
+"""As many as a batch takes: a longer step would keep every other session waiting for it."""
 MAX_DEPTH = 64
 """The most stages a route may have: what each notes in a step must fit the frame's header."""
 

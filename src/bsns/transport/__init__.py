@@ -1,7 +1,8 @@
 """Moving frames between peers.
 
 port     what a transport is: dial, accept, and streams of frames
-framing  frames off a byte stream, shared by both
+framing  frames off a byte stream, shared by libp2p and memory
+direct   sealed TCP beside libp2p, for the path tokens take
 libp2p   the real one, on hivemind's libp2p daemon
-memory   for tests and the simulator: queues in one process
+memory   for tests: queues in one process
 """

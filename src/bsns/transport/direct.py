@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
+import structlog
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -41,6 +42,8 @@ from bsns.protocol.frames import (
 from bsns.protocol.greeting import DirectOffer
 from bsns.protocol.inference import Pong
 from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Take
+
+log = structlog.get_logger(__name__)
 
 TOKEN_BYTES = 16
 KEY_BYTES = 32
@@ -237,6 +240,8 @@ class DirectListener:
 
     def __init__(self) -> None:
         self._offers: dict[bytes, tuple[PeerId, bytes, float]] = {}
+        self.knocking: set[_Knock] = set()
+        """Connections that have not shown a token yet; as many as offers may stand, no more."""
         self._server: asyncio.Server | None = None
         self._hosts: tuple[str, ...] = ()
         self._streams: set[DirectStream] = set()
@@ -293,6 +298,10 @@ class DirectListener:
     async def _serve(self, stream: DirectStream, handler: Handler) -> None:
         try:
             await handler(stream)
+        except BsnsError as error:
+            log.info("a stream ended", peer=stream.peer, reason=error.message)
+        except Exception:
+            log.exception("serving a stream failed", peer=stream.peer)
         finally:
             self._streams.discard(stream)
             await stream.close()
@@ -308,6 +317,10 @@ class _Knock(asyncio.Protocol):
         self._late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if len(self._listener.knocking) >= MAX_OFFERS:
+            transport.close()
+            return
+        self._listener.knocking.add(self)
         self._transport = transport  # type: ignore[assignment]
         self._late = asyncio.get_running_loop().call_later(OFFER_LIFETIME_S, transport.close)
 
@@ -316,11 +329,13 @@ class _Knock(asyncio.Protocol):
         if len(self._buffer) < TOKEN_BYTES or self._transport is None or self._late is None:
             return
         self._late.cancel()
+        self._listener.knocking.discard(self)
         token, early = self._buffer[:TOKEN_BYTES], self._buffer[TOKEN_BYTES:]
         if self._listener.redeem(token, self._transport, early) is None:
             self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._listener.knocking.discard(self)
         if self._late is not None:
             self._late.cancel()
 

@@ -8,6 +8,8 @@ from bsns.core.errors import FrameTooLarge, PeerLost, ProtocolError
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import PREFIX, Message, check_lengths, decode_header, split_body
 
+GREETING_HEADER_BYTES = 16 * 1024
+"""The longest header taken where a body is limited too: from a peer that has not been admitted yet."""
 CHUNK_BYTES = 1024 * 1024
 """A body is gathered in chunks of at most this size: memory follows what arrives, not what was announced."""
 
@@ -32,6 +34,8 @@ class FrameReader:
                 self._lengths = PREFIX.unpack(await self._reader.readexactly(PREFIX.size))
             header_bytes, body_bytes = self._lengths
             check_lengths(header_bytes, body_bytes)
+            if max_body_bytes is not None and header_bytes > GREETING_HEADER_BYTES:
+                raise FrameTooLarge(f"frame header of {header_bytes} bytes; {GREETING_HEADER_BYTES} are allowed here")
             if max_body_bytes is not None and body_bytes > max_body_bytes:
                 raise FrameTooLarge(f"frame body of {body_bytes} bytes; at most {max_body_bytes} are allowed here")
             if self._header is None:

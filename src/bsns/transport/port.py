@@ -36,7 +36,7 @@ class Stream(Protocol):
         ...
 
     async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
-        """The next frame, whose views the caller owns. `max_body_bytes` tightens the protocol's limit.
+        """The next frame, whose views the caller owns. `max_body_bytes` tightens the protocol's limits.
 
         Raises PeerLost at the end of the stream and a ProtocolError for anything that is not a valid frame; after
         either the stream is of no more use.

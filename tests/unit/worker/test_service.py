@@ -440,6 +440,9 @@ async def test_a_failing_executor_fails_its_batch_and_not_the_worker(bench: Benc
     assert (failure.session, failure.code) == (1, "PeerFailed")
     assert "0xdeadbeef" not in failure.message
     bench.executors["n"].error = None
+    await caller.step(1, 1)  # what the cache holds at 0 nobody knows: the session is gone, and has to be replayed
+    assert (await caller.failure()).code == "UnknownSession"
+    assert isinstance(await caller.ask(opening(node)), Opened)
     await caller.step(0, 1)
     assert np.array_equal((await caller.result())[1], hidden(0, 1) + 1)
     assert await serves(bench, node)
