@@ -154,8 +154,15 @@ def _how(status: int | None) -> str:
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
+    if process.returncode is None:
+        await _end(process)
+    if process.stdout is not None:  # read to its end, so that the pipe is closed before the event loop is
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await process.stdout.read()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     try:

@@ -24,7 +24,7 @@ async def swarm_of(*scripts: str) -> tuple[LocalSwarm, list[tuple[int, str]]]:
 
 async def test_progress_is_passed_on_and_noise_is_not() -> None:
     swarm, told = await swarm_of(
-        """echo '{"event": "progress", "what": "loading"}'; echo x; echo []; echo '{"event": "serving"}'; sleep 9"""
+        """echo '{"event": "progress", "what": "loading"}'; echo x; echo []; echo '{"event": "serving"}'; exec sleep 9"""
     )
     try:
         await swarm._until_serving(0)
@@ -51,7 +51,7 @@ async def test_a_node_that_ends_without_a_word() -> None:
 
 
 async def test_a_lost_node_is_named() -> None:
-    swarm, _ = await swarm_of("sleep 60", "exit 1")
+    swarm, _ = await swarm_of("exec sleep 60", "exit 1")
     try:
         assert (await swarm.lost()).message == "node 2 ended with status 1; nobody holds blocks 1:2 now"
     finally:
