@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 import pytest
@@ -61,6 +61,12 @@ async def place() -> AsyncIterator[Place]:
 async def hear(stream: DirectStream) -> tuple[Message, list[memoryview]]:
     async with asyncio.timeout(5):
         return await stream.receive()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not true():  # noqa: ASYNC110  a listener has no event for this
+            await asyncio.sleep(0.01)
 
 
 def step(rows: int) -> tuple[Step, bytes]:
@@ -239,3 +245,16 @@ def test_hosts_are_read_from_multiaddresses() -> None:
     assert hosts_of(["/p2p/x", ""]) == ()
     assert hosts_of(["/ip4/127.0.0.1/tcp/1"]) == ("127.0.0.1",)
     assert hosts_of(["/ip4/127.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1"]) == ("10.0.0.1",)
+
+
+async def test_strangers_who_say_nothing_are_few(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer = place.offer()
+    monkeypatch.setattr("bsns.transport.direct.MAX_OFFERS", 1)
+    _, silent = await asyncio.open_connection("127.0.0.1", offer.port)
+    await until(lambda: bool(place.listener.knocking))
+    reader, turned_away = await asyncio.open_connection("127.0.0.1", offer.port)
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    silent.close()
+    await until(lambda: not place.listener.knocking)
+    turned_away.close()
+    await connect(THERE, offer)

@@ -24,7 +24,8 @@ async def swarm_of(*scripts: str) -> tuple[LocalSwarm, list[tuple[int, str]]]:
 
 async def test_progress_is_passed_on_and_noise_is_not() -> None:
     swarm, told = await swarm_of(
-        """echo '{"event": "progress", "what": "loading"}'; echo x; echo []; echo '{"event": "serving"}'; exec sleep 9"""
+        """echo '{"event": "progress", "what": "loading"}'; echo x; echo []; echo '{"event": "serving"}';"""
+        "exec sleep 9"
     )
     try:
         await swarm._until_serving(0)
