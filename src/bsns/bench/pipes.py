@@ -1,7 +1,7 @@
 """The ceiling of a pipeline of processes: the same stages and ends, joined by operating-system pipes and nothing else.
 
 What a swarm loses against one process is partly its protocol and partly what any cut into processes costs on this
-machine: each process finds its caches cold when its turn comes. These rows are the second part alone.
+machine: a process is slower at its turn when another has computed in between. These rows are the second part alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 
 from bsns.client.decoder import Answer, Arrived, Decoder, Turned
 from bsns.client.detokenize import Detokenizer, StopMatcher
-from bsns.client.links import Dial, Link, Links
+from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
@@ -33,6 +33,7 @@ from bsns.model.ends import Ends
 from bsns.protocol.inference import Part, Step
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
+from bsns.transport.port import Dial
 
 CHUNK_ROWS = 128
 """Prompt tokens per step: small enough that stages work on different chunks at once, large enough to fill a product."""

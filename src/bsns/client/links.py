@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -27,15 +27,13 @@ from bsns.protocol.inference import (
     Pong,
     Result,
 )
-from bsns.transport.port import Stream
+from bsns.transport.port import Dial, Stream
 
 log = structlog.get_logger(__name__)
 
 K = TypeVar("K")
 T = TypeVar("T")
 
-Dial = Callable[[PeerId, Sequence[str]], Awaitable[Stream]]
-"""Opens a stream to a peer and greets it; raises PeerError or ProtocolError within a deadline of its own."""
 OnResults = Callable[[PeerId, list[tuple[Part, memoryview]]], None]
 """Takes a frame's results: for each part its rows' bytes."""
 OnFailure = Callable[[SessionId, BsnsError], None]

@@ -11,6 +11,8 @@ from bsns.protocol.frames import MAX_BODY_BYTES, Buffer, Message
 
 MAX_UNSENT_BYTES = 4 * MAX_BODY_BYTES
 
+Dial = Callable[[PeerId, Sequence[str]], Awaitable["Stream"]]
+"""Opens a stream to a peer and greets it; raises PeerError or ProtocolError within a deadline of its own."""
 Take = Callable[[Message, list[memoryview]], None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -13,12 +13,9 @@ from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message
 from bsns.protocol.greeting import Refusal
 from bsns.protocol.inference import Failure
-from bsns.transport.port import Stream
+from bsns.transport.port import Dial, Stream
 
 log = structlog.get_logger(__name__)
-
-Dial = Callable[[PeerId, Sequence[str]], Awaitable[Stream]]
-"""Opens a stream to a peer and greets it; raises PeerError or ProtocolError within a deadline of its own."""
 
 
 class Relay:

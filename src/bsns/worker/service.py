@@ -30,10 +30,10 @@ from bsns.protocol.inference import (
     Step,
 )
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
-from bsns.transport.port import Stream
+from bsns.transport.port import Dial, Stream
 from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.executor import Executor
-from bsns.worker.relay import Dial, Relay
+from bsns.worker.relay import Relay
 from bsns.worker.sessions import Session, SessionTable
 
 log = structlog.get_logger(__name__)
