@@ -208,10 +208,12 @@ class Worker:
         if isinstance(outputs, Exception):
             error = PeerFailed(f"computing blocks {batch.blocks} failed: {type(outputs).__name__}")
             for work in batch.works:
+                if self.sessions.get(work.session.id) is not work.session:
+                    continue  # closed meanwhile: nobody waits for it
                 self._report(self._clients.get(work.session.client), work.session.id, error)
                 # nobody knows what its cache holds now: the session has to be opened and replayed
-                if self.sessions.close(work.session.id, work.session.client):
-                    self._free(work.session.id)
+                self.sessions.close(work.session.id, work.session.client)
+                self._free(work.session.id)
         else:
             self._deliver(batch, outputs, finished_s)
         self._loop.call_soon(self._compute)

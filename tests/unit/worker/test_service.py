@@ -448,6 +448,27 @@ async def test_a_failing_executor_fails_its_batch_and_not_the_worker(bench: Benc
     assert await serves(bench, node)
 
 
+async def test_a_closed_sessions_late_failure_leaves_its_successor_alone(bench: Bench) -> None:
+    node = await bench.node("n")
+    node.worker.block_time_s = 1.0  # slow, so that batches run on the thread
+    executor = bench.executors["n"]
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    executor.may_run.clear()
+    executor.running.clear()
+    await caller.step(0, 1)
+    await until(executor.running.is_set)
+    assert isinstance(await caller.ask(Close(SessionId(1))), Closed)
+    assert isinstance(await caller.ask(opening(node)), Opened)  # the same id again: another session
+    executor.error = RuntimeError("no")
+    executor.may_run.set()
+    await until(lambda: len(executor.batches) == 1)
+    assert await caller.ask(Ping(5)) == Pong(5)  # and no Failure before it
+    executor.error = None
+    await caller.step(0, 1)
+    assert np.array_equal((await caller.result())[1], hidden(0, 1) + 1)
+
+
 async def test_a_failing_executor_of_a_later_stage_is_heard_by_the_client(bench: Bench) -> None:
     first, second = await bench.node("n0"), await bench.node("n1", BlockRange(2, 4))
     callers = [await bench.call(first), await bench.call(second)]
