@@ -45,11 +45,14 @@ class Session:
         except asyncio.CancelledError:
             self._take_back()
             raise
+        links = [result for result in results if isinstance(result, Link)]
         errors = [result for result in results if isinstance(result, BaseException)]
+        # a node that opened and died while others still did: nobody listens for that yet
+        errors += [link.lost.about(link.peer) for link in links if link.lost is not None]
         if errors:
             self._take_back()
             raise errors[0]
-        self._open = [result for result in results if isinstance(result, Link)]
+        self._open = links
 
     def _take_back(self) -> None:
         """Close on every stage that was asked: one that has not answered may have opened the session all the same."""
