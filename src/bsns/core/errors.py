@@ -4,6 +4,7 @@ BsnsError
 ├── UserError           tell the user      the input has to change
 │   ├── ModelNotFound · CorruptModel · UnsupportedModel
 │   ├── BadRange · BadOption · NotEnoughMemory · PortInUse
+│   ├── BadSnapshot · BadGraph
 │   ├── InviteInvalid · InviteExpired · WrongSwarm
 │   └── PromptTooLong
 ├── SwarmError          wait or add nodes  the swarm cannot serve this now
@@ -15,6 +16,7 @@ BsnsError
 │   ├── UnknownSession · PositionGap
 └── ProtocolError       ban the peer       it does not speak the protocol, or must not
     ├── BadFrame · FrameTooLarge · BadTensor · NotAMember · VersionMismatch
+    └── NotTheOrchestrator · StalePlan
 
 A failure crosses the wire as its class's `code` and its message; `error_from_wire` rebuilds it. An unknown code
 becomes PeerFailed, so that a newer peer's error is still a typed one.
@@ -85,6 +87,14 @@ class BadOption(UserError):
 
 class NotEnoughMemory(UserError):
     """Not even one block and its cache fit."""
+
+
+class BadSnapshot(UserError):
+    """A snapshot or a model's shape that contradicts itself or holds impossible figures."""
+
+
+class BadGraph(UserError):
+    """An operator graph with a cycle, unknown operators or impossible figures."""
 
 
 class PortInUse(UserError):
@@ -189,6 +199,14 @@ class NotAMember(ProtocolError):
 
 class VersionMismatch(ProtocolError):
     """The peer speaks another version of the protocol."""
+
+
+class NotTheOrchestrator(ProtocolError):
+    """A plan from a node that does not hold the lease."""
+
+
+class StalePlan(ProtocolError):
+    """A plan older than the one in force."""
 
 
 def _leaves(kind: type[BsnsError]) -> list[type[BsnsError]]:

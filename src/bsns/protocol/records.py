@@ -9,6 +9,16 @@ from bsns.core.ids import ModelId, PeerId
 from bsns.protocol.membership import Certificate
 
 
+class LinkRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What a node measured of its way to another: medians of round trips, as core.snapshot.Link; Unix time."""
+
+    peer: PeerId
+    round_trip_s: float
+    spread_s: float
+    bytes_per_s: float
+    measured_s: float
+
+
 class NodeRecord(msgspec.Struct, frozen=True):
     """A node's card. Blocks are half-open; times in seconds, sizes in tokens or bytes; `expires_s` is Unix time."""
 
@@ -33,10 +43,29 @@ class NodeRecord(msgspec.Struct, frozen=True):
     version: str
     started_s: float
     expires_s: float
+    others: tuple[tuple[int, int], ...] = ()
+    """Further ranges it serves as well, while it moves from one to another."""
+    prefill_time_s: float = 0.0
+    """Measured time of one block for each prompt token of a chunk; 0 where unknown."""
+    memory_bytes: int = 0
+    """What it may use for weights and caches; 0 where unknown."""
+    sessions: int = 0
+    price: float = 0.0
+    """Per token and block, in the swarm's own unit."""
+    follows: bool = False
+    """Whether it takes the range that the orchestrator plans for it."""
+    draw: bytes = b""
+    """Its lot in the election of the orchestrator (swarm.election); empty if it does not stand."""
+    links: tuple[LinkRecord, ...] = ()
 
     @property
     def blocks(self) -> BlockRange:
         return BlockRange(self.start, self.end)
+
+    @property
+    def ranges(self) -> tuple[BlockRange, ...]:
+        """Every range it serves, the one it is meant to keep first."""
+        return (self.blocks, *(BlockRange(start, end) for start, end in self.others))
 
 
 class SignedRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -13,6 +13,9 @@ from bsns.swarm.identity import SIGNATURE_BYTES, public_key_of, verify
 from bsns.swarm.membership import Membership
 
 MAX_RECORD_BYTES = 4096
+MAX_LINKS = 24
+"""Links that a record may carry: beside the rest they fit MAX_RECORD_BYTES."""
+MAX_OTHERS = 2
 MAX_LIFETIME_S = 900.0
 """A record may not outlive this; a stolen or forgotten one is gone by then."""
 MAX_BLOCKS = 10_000
@@ -102,6 +105,18 @@ def check_record(record: NodeRecord) -> None:
     _require(0 <= record.cache_tokens_left <= record.cache_tokens <= MAX_TOKENS, record, "impossible cache size")
     _require(0 <= record.rss_bytes <= MAX_BYTES, record, "impossible memory")
     _require(math.isfinite(record.block_time_s) and 0 <= record.block_time_s <= 1e6, record, "impossible block time")
+    for start, end in record.others:
+        _require(0 <= start < end <= record.block_count, record, "impossible block range")
+    _require(len(record.others) <= MAX_OTHERS, record, "too many ranges")
+    _require(0 <= record.memory_bytes <= MAX_BYTES, record, "impossible memory")
+    _require(0 <= record.sessions <= MAX_TOKENS, record, "impossible number of sessions")
+    _require(0 <= record.prefill_time_s <= 1e6 and 0 <= record.price <= 1e12, record, "impossible time or price")
+    _require(len(record.draw) in (0, SIGNATURE_BYTES), record, "a lot of the wrong size")
+    _require(len(record.links) <= MAX_LINKS, record, f"more than {MAX_LINKS} links")
+    for link in record.links:
+        public_key_of(link.peer)
+        figures = (link.round_trip_s, link.spread_s, link.measured_s)
+        _require(all(0 <= figure < 1e12 for figure in figures) and link.bytes_per_s > 0, record, "an impossible link")
     times = math.isfinite(record.started_s) and math.isfinite(record.expires_s)
     _require(times and 0 <= record.started_s <= record.expires_s, record, "impossible times")
 

@@ -1,0 +1,105 @@
+"""Plans: who holds which blocks, what that costs, how far from the best possible it is, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadOption
+from bsns.core.ids import ModelId, PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a plan minimises: `bottleneck` · its slowest stage + `latency` · one token's way through all, in seconds."""
+
+    bottleneck: float = 1.0
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = (self.bottleneck, self.latency)
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) <= 0:
+            raise BadOption(f"the weights {weights} of an objective must not be negative, nor both 0")
+
+    def value(self, bottleneck_s: float, latency_s: float) -> float:
+        return self.bottleneck * bottleneck_s + self.latency * latency_s
+
+    @classmethod
+    def named(cls, name: str) -> Objective:
+        """`throughput`, `latency`, or `mixed`, which weighs both alike. Raises BadOption."""
+        known = {"throughput": cls(1.0, 0.0), "latency": cls(0.0, 1.0), "mixed": cls(0.5, 0.5)}
+        if name not in known:
+            raise BadOption(f"there is no objective {name!r}; use {', '.join(known)}")
+        return known[name]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """A range, the node that computes it, and the nodes that hold it too. Seconds are those of one token."""
+
+    blocks: BlockRange
+    peer: PeerId
+    compute_s: float
+    transfer_s: float
+    """Activations' way in: from the stage before, or from the client."""
+    replicas: tuple[PeerId, ...] = ()
+
+    @property
+    def peers(self) -> tuple[PeerId, ...]:
+        return (self.peer, *self.replicas)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A node that holds nothing under a plan, and why."""
+
+    peer: PeerId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A plan that was not taken: whose rule it follows, what it would cost, or why it is impossible."""
+
+    name: str
+    bottleneck_s: float | None
+    latency_s: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A layout with its proof. `bottleneck_s` is the slowest stage's time for a token, its replicas sharing the work;
+    `latency_s` one token's way along the chain, client and return included; both without queueing.
+
+    `lower_bound_s` bounds the objective's value of every possible plan, and `gap` = value / lower_bound_s − 1.
+    """
+
+    model: ModelId
+    model_name: str
+    block_count: int
+    objective: Objective
+    stages: tuple[PlannedStage, ...]
+    left_out: tuple[LeftOut, ...]
+    bottleneck_s: float
+    latency_s: float
+    lower_bound_s: float
+    gap: float
+    method: str
+    """Which engine found it."""
+    alternatives: tuple[Alternative, ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def value(self) -> float:
+        return self.objective.value(self.bottleneck_s, self.latency_s)
+
+    @property
+    def assignments(self) -> Mapping[PeerId, BlockRange]:
+        return {peer: stage.blocks for stage in self.stages for peer in stage.peers}
+
+    def tokens_per_s(self, streams: int = 1) -> float:
+        """Predicted speed of so many streams together, each stage taking one token at a time."""
+        return min(streams / self.latency_s, 1 / self.bottleneck_s)

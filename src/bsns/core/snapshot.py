@@ -1,0 +1,269 @@
+"""Snapshots: the frozen view of a swarm that everything which decides reads; and a model's shape."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadRange, BadSnapshot
+from bsns.core.ids import ModelId, PeerId
+
+SNAPSHOT_VERSION = 1
+MAX_TIME_S = 1e6
+MAX_SIZE = 2.0**60
+
+Pair = tuple[PeerId, PeerId]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A measured way between two peers, the same in both directions. Times in seconds, `bytes_per_s` may be inf."""
+
+    round_trip_s: float
+    bytes_per_s: float = math.inf
+    spread_s: float = 0.0
+    """Median absolute deviation of the round trips."""
+    age_s: float = 0.0
+
+    def transfer_s(self, size_bytes: float) -> float:
+        """How long a message of this size takes, one way."""
+        return self.round_trip_s / 2 + size_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as the snapshot shows it: how fast, how large, what it holds, what it costs."""
+
+    peer: PeerId
+    block_time_s: float
+    """One average block for one new token."""
+    memory_bytes: int
+    """For weights and caches, beyond what the process takes without them."""
+    prefill_time_s: float = 0.0
+    """One average block for each prompt token of a chunk; 0 where unknown."""
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    threads: int = 1
+    held: tuple[BlockRange, ...] = ()
+    serving: bool = True
+    cache_tokens: int = 0
+    cache_tokens_left: int = 0
+    uptime_s: float = 0.0
+    price: float = 0.0
+    """Per token and block, in the swarm's own unit."""
+    reputation: float = 1.0
+    attested: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What planning has to know of a model. Sizes in bytes, at the dtype it runs in."""
+
+    model: ModelId
+    name: str
+    block_bytes: tuple[int, ...]
+    kv_bytes_per_token_per_block: int
+    hidden_bytes: int
+    """What a hop carries for one token."""
+    block_work: tuple[float, ...] = ()
+    """Each block's work beside the average block's; empty: all the same."""
+    dtype: str = "bfloat16"
+
+    @property
+    def block_count(self) -> int:
+        return len(self.block_bytes)
+
+    @property
+    def work(self) -> tuple[float, ...]:
+        return self.block_work or (1.0,) * self.block_count
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A swarm at one moment. `links` stand under the pair of peers in order; a missing one was not measured.
+
+    `client` holds the links of whoever looks, and is empty where nobody in particular does.
+    """
+
+    taken_s: float
+    nodes: tuple[NodeView, ...]
+    links: Mapping[Pair, Link] = field(default_factory=lambda: MappingProxyType({}))
+    client: Mapping[PeerId, Link] = field(default_factory=lambda: MappingProxyType({}))
+    assumptions: tuple[str, ...] = ()
+    """What had to be assumed while it was put together, for people to read."""
+
+    def link(self, one: PeerId, other: PeerId) -> Link | None:
+        return self.links.get(pair(one, other))
+
+    def node(self, peer: PeerId) -> NodeView | None:
+        return next((node for node in self.nodes if node.peer == peer), None)
+
+    def to_json(self) -> bytes:
+        """The snapshot as `from_json` reads it; infinite bandwidth is left out."""
+        links = [_link_json(link, a=a, b=b) for (a, b), link in self.links.items()]
+        links += [_link_json(link, a="client", b=peer) for peer, link in self.client.items()]
+        nodes = [
+            {
+                **{name: getattr(node, name) for name in _NODE_FIELDS},
+                "held": [str(blocks) for blocks in node.held],
+            }
+            for node in self.nodes
+        ]
+        value = {"version": SNAPSHOT_VERSION, "taken_s": self.taken_s, "nodes": nodes, "links": links}
+        return msgspec.json.format(msgspec.json.encode(value), indent=1)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Snapshot:
+        """The snapshot in a file. Raises BadSnapshot with the place and the reason.
+
+        A link written twice, once for each direction, counts as the slower of the two, which `assumptions` then says.
+        """
+        try:
+            file = msgspec.json.decode(text, type=_File)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadSnapshot(f"this is not a snapshot: {error}") from None
+        if file.version != SNAPSHOT_VERSION:
+            raise BadSnapshot(f"this snapshot has version {file.version}, this program knows {SNAPSHOT_VERSION}")
+        nodes = tuple(_node(entry) for entry in file.nodes)
+        peers = {node.peer for node in nodes}
+        if len(peers) < len(nodes):
+            raise BadSnapshot("two nodes of the snapshot have the same peer id")
+        links: dict[Pair, Link] = {}
+        client: dict[PeerId, Link] = {}
+        notes: list[str] = []
+        for entry in file.links:
+            link = _checked(Link(entry.round_trip_s, entry.bytes_per_s, entry.spread_s, entry.age_s), entry)
+            ends = {PeerId(entry.a), PeerId(entry.b)} - {PeerId("client")}
+            if not ends <= peers or entry.a == entry.b:
+                raise BadSnapshot(f"the link {entry.a} – {entry.b} does not lie between two nodes of the snapshot")
+            if len(ends) == 1:
+                client[ends.pop()] = link
+                continue
+            key = pair(PeerId(entry.a), PeerId(entry.b))
+            earlier = links.get(key)
+            if earlier is not None and earlier != link:
+                notes.append(f"the link {key[0]} – {key[1]} is given twice and differs; the slower figures count")
+                link = slower(earlier, link)
+            links[key] = link
+        return cls(file.taken_s, nodes, MappingProxyType(links), MappingProxyType(client), tuple(notes))
+
+
+def pair(one: PeerId, other: PeerId) -> Pair:
+    """The key of the link between two peers."""
+    return (one, other) if one <= other else (other, one)
+
+
+def slower(one: Link, other: Link) -> Link:
+    """The worse figure of each: what two ends measured of the same link, or of its two directions."""
+    return Link(
+        max(one.round_trip_s, other.round_trip_s),
+        min(one.bytes_per_s, other.bytes_per_s),
+        max(one.spread_s, other.spread_s),
+        max(one.age_s, other.age_s),
+    )
+
+
+def check_node(node: NodeView) -> None:
+    """Raises BadSnapshot unless every figure of a node is possible."""
+    figures = {
+        "block_time_s": (node.block_time_s, MAX_TIME_S),
+        "prefill_time_s": (node.prefill_time_s, MAX_TIME_S),
+        "memory_bytes": (node.memory_bytes, MAX_SIZE),
+        "cache_tokens": (node.cache_tokens, MAX_SIZE),
+        "uptime_s": (node.uptime_s, math.inf),
+        "price": (node.price, math.inf),
+        "reputation": (node.reputation, math.inf),
+    }
+    for name, (value, most) in figures.items():
+        if not (0 <= value <= most):  # NaN compares false
+            raise BadSnapshot(f"node {node.peer[:64]!r}: {name} is {value}")
+    if node.block_time_s == 0:
+        raise BadSnapshot(f"node {node.peer[:64]!r}: block_time_s is 0; measure it, or leave the node out")
+
+
+def check_shape(shape: ModelShape) -> None:
+    """Raises BadSnapshot unless a model's figures are possible and fit together."""
+    if not shape.block_bytes:
+        raise BadSnapshot(f"the model {shape.name!r} has no blocks")
+    if shape.block_work and len(shape.block_work) != shape.block_count:
+        raise BadSnapshot(
+            f"the model {shape.name!r} has {shape.block_count} blocks and work for {len(shape.block_work)}"
+        )
+    figures: Iterable[float] = (*shape.block_bytes, *shape.work, shape.kv_bytes_per_token_per_block, shape.hidden_bytes)
+    if not all(0 <= figure <= MAX_SIZE for figure in figures) or not all(work > 0 for work in shape.work):
+        raise BadSnapshot(f"the model {shape.name!r} has a size or a work that is negative, none, or no number")
+
+
+class _NodeEntry(msgspec.Struct, forbid_unknown_fields=True):
+    peer: str
+    block_time_s: float
+    memory_bytes: int
+    prefill_time_s: float = 0.0
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    threads: int = 1
+    held: list[str] = []
+    serving: bool = True
+    cache_tokens: int = 0
+    cache_tokens_left: int = 0
+    uptime_s: float = 0.0
+    price: float = 0.0
+    reputation: float = 1.0
+    attested: bool = False
+
+
+class _LinkEntry(msgspec.Struct, forbid_unknown_fields=True):
+    a: str
+    b: str
+    round_trip_s: float
+    bytes_per_s: float = math.inf
+    spread_s: float = 0.0
+    age_s: float = 0.0
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    nodes: list[_NodeEntry]
+    links: list[_LinkEntry]
+    version: int = SNAPSHOT_VERSION
+    taken_s: float = 0.0
+
+
+_NODE_FIELDS = tuple(name for name in _NodeEntry.__struct_fields__ if name != "held")
+
+
+def _node(entry: _NodeEntry) -> NodeView:
+    if not 0 < len(entry.peer) <= 64 or not entry.peer.isprintable() or entry.peer == "client":
+        raise BadSnapshot(f"{entry.peer[:64]!r} cannot be a node's peer id")
+    held = []
+    for text in entry.held:
+        try:
+            held.append(BlockRange.parse(text, 10**6))
+        except BadRange as error:
+            raise BadSnapshot(f"node {entry.peer}: held: {error}") from None
+    node = NodeView(**{name: getattr(entry, name) for name in _NODE_FIELDS}, held=tuple(held))
+    check_node(node)
+    return node
+
+
+def _checked(link: Link, entry: _LinkEntry) -> Link:
+    where = f"the link {entry.a[:64]} – {entry.b[:64]}"
+    if not 0 <= link.round_trip_s <= MAX_TIME_S:
+        raise BadSnapshot(f"{where}: round_trip_s is {link.round_trip_s}")
+    if not link.bytes_per_s > 0:
+        raise BadSnapshot(f"{where}: bytes_per_s is {link.bytes_per_s}")
+    if not (0 <= link.spread_s <= MAX_TIME_S and link.age_s >= 0):
+        raise BadSnapshot(f"{where}: spread_s or age_s is negative or no number")
+    return link
+
+
+def _link_json(link: Link, *, a: str, b: str) -> dict[str, Any]:
+    value: dict[str, Any] = {"a": a, "b": b, "round_trip_s": link.round_trip_s}
+    if math.isfinite(link.bytes_per_s):
+        value["bytes_per_s"] = link.bytes_per_s
+    return value | {"spread_s": link.spread_s, "age_s": link.age_s}

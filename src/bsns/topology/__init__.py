@@ -1,0 +1,1 @@
+"""The shape of the network. Pure: no I/O, no clocks, no torch."""
