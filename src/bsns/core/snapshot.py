@@ -17,6 +17,7 @@ from bsns.core.ids import ModelId, PeerId
 SNAPSHOT_VERSION = 1
 MAX_TIME_S = 1e6
 MAX_SIZE = 2.0**60
+MAX_BLOCKS = 10_000
 
 Pair = tuple[PeerId, PeerId]
 
@@ -82,6 +83,33 @@ class ModelShape:
     @property
     def work(self) -> tuple[float, ...]:
         return self.block_work or (1.0,) * self.block_count
+
+    @classmethod
+    def from_json(cls, text: bytes) -> ModelShape:
+        """The shape in a file, its fields as here; `block_bytes` may be one number, for `block_count` equal blocks.
+
+        Raises BadSnapshot with the reason.
+        """
+        try:
+            file = msgspec.json.decode(text, type=_ShapeFile)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadSnapshot(f"this is not a model's shape: {error}") from None
+        sizes = file.block_bytes
+        if isinstance(sizes, int):
+            if not 0 < file.block_count <= MAX_BLOCKS:
+                raise BadSnapshot(f"the shape has one size and {file.block_count} blocks; give block_count")
+            sizes = [sizes] * file.block_count
+        shape = cls(
+            ModelId(file.model or file.name),
+            file.name,
+            tuple(sizes),
+            file.kv_bytes_per_token_per_block,
+            file.hidden_bytes,
+            tuple(file.block_work),
+            file.dtype,
+        )
+        check_shape(shape)
+        return shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +260,17 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     links: list[_LinkEntry]
     version: int = SNAPSHOT_VERSION
     taken_s: float = 0.0
+
+
+class _ShapeFile(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    block_bytes: int | list[int]
+    hidden_bytes: int
+    kv_bytes_per_token_per_block: int = 0
+    block_count: int = 0
+    block_work: list[float] = []
+    dtype: str = "bfloat16"
+    model: str = ""
 
 
 _NODE_FIELDS = tuple(name for name in _NodeEntry.__struct_fields__ if name != "held")

@@ -123,3 +123,25 @@ def test_a_bad_shape_says_what_is_wrong(changes: dict[str, Any], words: str) -> 
     check_shape(ModelShape(**good))
     with pytest.raises(BadSnapshot, match=words):
         check_shape(ModelShape(**good | changes))
+
+
+def test_a_shape_from_a_file() -> None:
+    equal = b'{"name": "big", "block_bytes": 7, "block_count": 3, "hidden_bytes": 2}'
+    assert ModelShape.from_json(equal) == ModelShape(ModelId("big"), "big", (7, 7, 7), 0, 2)
+    own = b'{"name": "big", "block_bytes": [1, 2], "hidden_bytes": 2, "block_work": [0.5, 1.5], "model": "id"}'
+    assert ModelShape.from_json(own) == ModelShape(ModelId("id"), "big", (1, 2), 0, 2, (0.5, 1.5))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"no",
+        b'{"name": "x", "block_bytes": 7, "hidden_bytes": 2}',
+        b'{"name": "x", "block_bytes": 7, "block_count": 1000000, "hidden_bytes": 2}',
+        b'{"name": "x", "block_bytes": [], "hidden_bytes": 2}',
+        b'{"name": "x", "block_bytes": [7], "hidden_bytes": -2}',
+    ],
+)
+def test_a_bad_shape_file_is_refused(text: bytes) -> None:
+    with pytest.raises(BadSnapshot):
+        ModelShape.from_json(text)
