@@ -250,6 +250,17 @@ def parse_size(text: str | None) -> int | None:
     return size
 
 
+def parse_seconds(text: str) -> float:
+    """`2s`, `500ms`, `1.5` or `1m` in seconds. Raises BadOption."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ms|s|m|)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise BadOption(f"{text!r} is not a time; write for example 2s, 500ms or 1m")
+    seconds = float(match[1]) * {"ms": 1e-3, "m": 60.0}.get(match[2].lower(), 1.0)
+    if not 0 < seconds <= 86400:
+        raise BadOption(f"{text!r} is not a time above zero and up to a day")
+    return seconds
+
+
 def say_error(message: str) -> None:
     """One line on standard error, however the message is laid out."""
     err.print("[bold red]error:[/] ", end="")

@@ -1,0 +1,170 @@
+"""A plan in words: as tables for people, as one JSON object for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
+from rich.text import Text
+
+from bsns.cli.console import out
+from bsns.core.plan import Alternative, Plan
+from bsns.core.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from bsns.cli.plan import Present
+
+ONE_NODE = "one node alone"
+"""What the planner calls the alternative of not cutting the model."""
+MAX_REASONS = 12
+
+
+def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
+    """Print a plan: its stages, its speed, its proof, what it was compared with, and what it assumed."""
+    out.print(_stages(plan, snapshot))
+    say(f"predicted: {speeds(plan)}")
+    bound = plan.lower_bound_s * 1e3
+    if plan.gap <= 1e-9:
+        say(f"no plan can be better: found by {plan.method}, which proves it ({bound:.3g} ms)")
+    else:
+        value = plan.value * 1e3
+        say(
+            f"found by {plan.method}; at most {plan.gap:.1%} from the best possible "
+            f"({value:.4g} ms, no plan is under {bound:.4g} ms)"
+        )
+    if present is not None:
+        predicted = present.predicted_tokens_per_s
+        beside = f", predicted {predicted:.1f}" if predicted is not None else ""
+        hops = " → ".join(f"…{hop.peer[-6:]} {hop.blocks}" for hop in present.trial.route)
+        say(f"the swarm as it is ({hops}), one stream: measured {present.trial.tokens_per_s:.1f} tokens/s{beside}")
+    if plan.alternatives:
+        out.print(_alternatives(plan))
+    for line in (*_left_out(plan), *advice(plan)):
+        say(line, style="yellow")
+    for assumption in plan.assumptions:
+        say(f"assumed: {assumption}", style="dim")
+
+
+def say(line: str, style: str = "") -> None:
+    out.print(line, style=style or None, markup=False, highlight=False)
+
+
+def speeds(plan: Plan) -> str:
+    """The predicted tokens per second, with one stream and with as many as there are stages to keep busy."""
+    many = max(2, len(plan.stages))
+    return f"{plan.tokens_per_s():.1f} tokens/s with one stream, {plan.tokens_per_s(many):.1f} with {many}"
+
+
+def advice(plan: Plan) -> list[str]:
+    """Says so, with both numbers, if one node alone would be faster than the plan for a single stream."""
+    alone = next((other for other in plan.alternatives if other.name == ONE_NODE), None)
+    if alone is None or alone.latency_s is None or len(plan.stages) < 2 or alone.latency_s >= plan.latency_s:
+        return []
+    return [
+        f"one node alone would answer a single stream faster: {1 / alone.latency_s:.1f} tokens/s against "
+        f"{plan.tokens_per_s():.1f}; cut the model only if it does not fit one node, or for many streams at once"
+    ]
+
+
+def as_dict(plan: Plan, present: Present | None) -> dict[str, Any]:
+    """The plan as `--json` prints it. Times in milliseconds."""
+    return {
+        "model": plan.model_name,
+        "blocks": plan.block_count,
+        "objective": {"bottleneck": plan.objective.bottleneck, "latency": plan.objective.latency},
+        "stages": [
+            {
+                "range": str(stage.blocks),
+                "node": stage.peer,
+                "replicas": list(stage.replicas),
+                "compute_ms": round(stage.compute_s * 1e3, 4),
+                "transfer_ms": round(stage.transfer_s * 1e3, 4),
+            }
+            for stage in plan.stages
+        ],
+        "left_out": [{"node": node.peer, "reason": node.reason} for node in plan.left_out],
+        "bottleneck_ms": plan.bottleneck_s * 1e3,
+        "latency_ms": plan.latency_s * 1e3,
+        "lower_bound_ms": plan.lower_bound_s * 1e3,
+        "gap": plan.gap,
+        "method": plan.method,
+        "tokens_per_s": {str(streams): plan.tokens_per_s(streams) for streams in (1, len(plan.stages))},
+        "alternatives": [
+            {"name": other.name, "bottleneck_ms": _ms(other.bottleneck_s), "latency_ms": _ms(other.latency_s)}
+            | ({"note": other.note} if other.note else {})
+            for other in plan.alternatives
+        ],
+        "assumptions": list(plan.assumptions),
+        "advice": advice(plan),
+        "present": None
+        if present is None
+        else {
+            "predicted_tokens_per_s": present.predicted_tokens_per_s,
+            "measured_tokens_per_s": present.trial.tokens_per_s,
+            "route": [{"node": hop.peer, "range": str(hop.blocks)} for hop in present.trial.route],
+        },
+    }
+
+
+def _stages(plan: Plan, snapshot: Snapshot) -> Table:
+    view = Table(
+        *("blocks", Column("node", no_wrap=True), "compute", "way in", "replicas", "now holds"),
+        title=Text(f"{plan.model_name}, {plan.block_count} blocks, {len(snapshot.nodes)} nodes"),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for stage in plan.stages:
+        node = snapshot.node(stage.peer)
+        view.add_row(
+            str(stage.blocks),
+            f"…{stage.peer[-8:]}",
+            f"{stage.compute_s * 1e3:.2f} ms",
+            f"{stage.transfer_s * 1e3:.2f} ms",
+            _names(stage.replicas) or "–",
+            ", ".join(map(str, node.held)) if node and node.held else "–",
+        )
+    return view
+
+
+def _alternatives(plan: Plan) -> Table:
+    view = Table("instead", "slowest stage", "one token", "one stream", "against the plan", box=SIMPLE_HEAD)
+    view.add_row(
+        "this plan", f"{plan.bottleneck_s * 1e3:.2f} ms", f"{plan.latency_s * 1e3:.2f} ms", _per_s(plan.latency_s), ""
+    )
+    for other in plan.alternatives:
+        view.add_row(
+            other.name,
+            f"{other.bottleneck_s * 1e3:.2f} ms" if other.bottleneck_s is not None else "–",
+            f"{other.latency_s * 1e3:.2f} ms" if other.latency_s is not None else "–",
+            _per_s(other.latency_s),
+            Text(_against(plan, other)),
+        )
+    return view
+
+
+def _against(plan: Plan, other: Alternative) -> str:
+    if other.bottleneck_s is None or other.latency_s is None:
+        return other.note or "impossible"
+    ratio = plan.objective.value(other.bottleneck_s, other.latency_s) / plan.value
+    how = f"{ratio:.2f} × the cost" if abs(ratio - 1) > 5e-3 else "the same"
+    return f"{how}; {other.note}" if other.note else how
+
+
+def _left_out(plan: Plan) -> list[str]:
+    lines = [f"left out …{node.peer[-8:]}: {node.reason}" for node in plan.left_out[:MAX_REASONS]]
+    more = len(plan.left_out) - MAX_REASONS
+    return [*lines, f"and {more} more are left out (--json names them)"] if more > 0 else lines
+
+
+def _names(peers: tuple[str, ...]) -> str:
+    shown = ", ".join(f"…{peer[-8:]}" for peer in peers[:3])
+    return shown + (f" and {len(peers) - 3} more" if len(peers) > 3 else "")
+
+
+def _per_s(latency_s: float | None) -> str:
+    return f"{1 / latency_s:.1f} tokens/s" if latency_s else "–"
+
+
+def _ms(seconds: float | None) -> float | None:
+    return seconds * 1e3 if seconds is not None else None

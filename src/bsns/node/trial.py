@@ -1,0 +1,45 @@
+"""A trial: a short answer over the swarm as it is, to stand beside what planning predicts of it."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from bsns.client.generate import Stats
+from bsns.client.sampling import SamplingOptions
+from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.node.client import Client
+from bsns.planning.problem import Stage, chain_problem
+from bsns.routing.chain import Route
+
+PROMPT = "Count slowly from one to one hundred, in words:"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one stream over `route` did, and the client's own share of each token: head, sampling, embedding."""
+
+    tokens_per_s: float
+    client_s: float
+    route: Route
+
+
+async def try_out(client: Client, *, tokens: int = 32) -> Trial:
+    """Answer a prompt with so many tokens at most. Raises as generating does."""
+    stats = Stats()
+    async for _ in client.stream(PROMPT, SamplingOptions(max_tokens=tokens), raw=True, stats=stats):
+        pass
+    token_s = stats.decode_s / max(stats.tokens - 1, 1)
+    turns_s = [total_ms / 1e3 for total_ms, _ in stats.turns_ms[1:]]
+    client_s = max(0.0, token_s - statistics.fmean(turns_s)) if turns_s else 0.0
+    return Trial(stats.tokens_per_s, client_s, stats.route)
+
+
+def predicted_tokens_per_s(route: Route, snapshot: Snapshot, shape: ModelShape, client_s: float) -> float | None:
+    """What the planner's model of cost says of a route; None if the snapshot lacks one of its nodes."""
+    numbers = {node.peer: number for number, node in enumerate(snapshot.nodes)}
+    if not route or any(hop.peer not in numbers for hop in route):
+        return None
+    problem = chain_problem(snapshot, shape, client_s=client_s)
+    chain = tuple(Stage(numbers[hop.peer], hop.blocks.start, hop.blocks.end) for hop in route)
+    return 1 / problem.cost(chain)[1]
