@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -27,7 +26,7 @@ def draw_plan(plan: Plan, snapshot: Snapshot, shape: ModelShape, file: Path) -> 
     """Write the picture as SVG. Equal plans give equal files."""
     figure = plan_figure(plan, snapshot, shape)
     with mpl.rc_context({"svg.hashsalt": "bsns", "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(str(file), metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def plan_figure(plan: Plan, snapshot: Snapshot, shape: ModelShape) -> Figure:
