@@ -27,6 +27,7 @@ from bsns.protocol.records import NodeRecord
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.worker.service import Worker
 from bsns.worker.sessions import SessionTable
+from bsns.worker.throttle import throttled
 from bsns.worker.torch_executor import TorchExecutor
 
 log = structlog.get_logger(__name__)
@@ -105,7 +106,7 @@ class Server:
             f"loading blocks {blocks} of {source.name} ({sum(block_bytes[i] for i in blocks) / 2**20:.0f} MiB, {dtype})"
         )
         stage = await asyncio.to_thread(Stage, source.path, blocks, dtype=dtype, device=device)
-        executor = TorchExecutor(stage, dtype=dtype)
+        executor = throttled(TorchExecutor(stage, dtype=dtype))
         told("measuring")
         block_time_s = await asyncio.to_thread(executor.measure_block_time_s)
         sessions = SessionTable(
