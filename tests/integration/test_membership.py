@@ -217,7 +217,7 @@ async def test_the_uninvited_cannot_read_or_store(swarm: Swarm) -> None:
     signed = sign_record(intruder.record(), membership)
     stored = await protocol.call_store(
         target,
-        [DHTID.generate(source=directory._key)],
+        [DHTID.generate(source=directory._nodes.key)],
         [msgspec.msgpack.encode(signed)],
         intruder.record().expires_s,
         subkeys=[transport.peer],
@@ -257,7 +257,7 @@ async def store_raw(node: Node, target: Node, key: str, subkey: str, value: byte
 
 async def test_forged_replayed_and_oversized_records_are_refused(swarm: Swarm) -> None:
     mallory, victim, first = await swarm.join(), await swarm.join(), swarm.first
-    key = first.directory._key
+    key = first.directory._nodes.key
     record = victim.record()
     old = victim.record(lifetime_s=30.0, start=20, end=30)
     signed_old = sign_record(old, victim.membership)
@@ -306,7 +306,7 @@ async def test_a_goodbye_cannot_be_undone_by_replaying_the_record(swarm: Swarm) 
     signed = sign_record(record, victim.membership)
     await victim.directory.withdraw(record)
     await until(lambda: first.sees())
-    assert not await store_raw(mallory, first, first.directory._key, victim.transport.peer, signed, record.expires_s)
+    assert not await store_raw(mallory, first, first.directory._nodes.key, victim.transport.peer, signed, record.expires_s)
     assert await first.sees()
 
 
@@ -315,7 +315,7 @@ async def test_a_spoilt_record_does_not_hide_the_others(swarm: Swarm) -> None:
     mallory, first = await swarm.join(), swarm.first
     await first.directory.publish(first.record())
     shelf = mallory.directory._node.protocol.storage
-    key = DHTID.generate(source=first.directory._key)
+    key = DHTID.generate(source=first.directory._nodes.key)
     await until(lambda: mallory.sees(first))
     shelf.store(key, b"\xc4\x01x", time.time() + 1e6, subkey="nobody")
     assert await first.sees(first)

@@ -4,6 +4,10 @@ identity             a node's Ed25519 key, and the peer id that contains its pub
 invites              founding a swarm and inviting into it
 membership           a node's own certificate, the judge of others', and the greeting that applies both
 records              a node's card, signed and opened
+snapshot             the records of all nodes as one frozen view (pure)
+election             who is the orchestrator: lots, a lease, its renewal (pure)
+plans                an orchestrator's lease and plan, signed and opened; which plan is obeyed (pure)
 directory            what a directory is, and one in memory for tests
+dht_guard            what closes hivemind's DHT to everybody but members
 hivemind_directory   the real one: a Kademlia DHT that serves members only
 """

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from bsns.core.ids import PeerId
+from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
 
 
@@ -30,16 +31,33 @@ class Directory(Protocol):
         """
         ...
 
+    async def publish_plan(self, plan: PlanRecord) -> None:
+        """Announce our lease and plan, replacing what we announced before. Raises as `publish`."""
+        ...
+
+    async def plans(self) -> list[PlanRecord]:
+        """Leases and plans, verified and unexpired, in order of author; who holds the lease the reader decides.
+
+        Raises NotAMember when the swarm refuses us.
+        """
+        ...
+
     async def close(self) -> None:
         """Stop taking part; idempotent. Does not withdraw."""
         ...
 
 
 class MemoryDirectory:
-    """A Directory for peers of one process, who pass the same `shelf`; records are believed as they come."""
+    """A Directory for peers of one process, who pass the same shelves; records are believed as they come."""
 
-    def __init__(self, shelf: dict[PeerId, NodeRecord] | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        shelf: dict[PeerId, NodeRecord] | None = None,
+        clock: Callable[[], float] = time.time,
+        plan_shelf: dict[PeerId, PlanRecord] | None = None,
+    ) -> None:
         self.shelf: dict[PeerId, NodeRecord] = shelf if shelf is not None else {}
+        self.plan_shelf: dict[PeerId, PlanRecord] = plan_shelf if plan_shelf is not None else {}
         self._clock = clock
 
     async def publish(self, record: NodeRecord) -> None:
@@ -52,6 +70,13 @@ class MemoryDirectory:
         now_s = self._clock()
         here = [record for record in self.shelf.values() if record.expires_s > now_s and record.state != "leaving"]
         return sorted(here, key=lambda record: record.peer)
+
+    async def publish_plan(self, plan: PlanRecord) -> None:
+        self.plan_shelf[plan.author] = plan
+
+    async def plans(self) -> list[PlanRecord]:
+        now_s = self._clock()
+        return sorted((p for p in self.plan_shelf.values() if p.expires_s > now_s), key=lambda plan: plan.author)
 
     async def close(self) -> None:
         return None
