@@ -55,7 +55,7 @@ class Node:
 
     @property
     def hop(self) -> Hop:
-        return Hop(self.transport.peer, self.worker.sessions.held, self.transport.addresses)
+        return Hop(self.transport.peer, self.worker.sessions.ranges[0], self.transport.addresses)
 
 
 @dataclass

@@ -76,7 +76,7 @@ async def test_swarm_equals_library(family: str, tiny_model: TinyModel, shelf: S
     ours = [piece.token async for piece in client.stream(long, GREEDY, stats)]
     assert len(ours) == 64
     assert ours == library_tokens(model, long, 64)
-    assert [hop.blocks for hop in stats.route] == [node.worker.sessions.held for node in swarm.nodes.values()]
+    assert [hop.blocks for hop in stats.route] == [node.worker.sessions.ranges[0] for node in swarm.nodes.values()]
     assert len(stats.route) == 3
     assert all(len(hops) == 3 for _, hops in stats.turns_ms)
 

@@ -40,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Steps that run as one, all through the same blocks."""
+    """Steps that run as one, all through the same blocks of the same range that the node holds."""
 
     blocks: BlockRange
     works: Sequence[Work]
@@ -79,8 +79,8 @@ class Batcher:
         if not self._queues:
             return None
         heads = sorted((queue[0] for queue in self._queues.values()), key=lambda work: work.arrived_s)
-        blocks = heads[0].session.blocks
-        fitting = [work for work in heads if work.session.blocks == blocks]
+        blocks, held = heads[0].session.blocks, heads[0].session.held
+        fitting = [work for work in heads if work.session.blocks == blocks and work.session.held == held]
         short = [work for work in fitting if work.part.rows <= SHORT_ROWS][: self._short_steps(fitting, now_s)]
         long = [work for work in fitting if work.part.rows > SHORT_ROWS]
         chosen: list[Work] = []

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
+from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLost, ProtocolError
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.frames import Message
@@ -47,7 +48,9 @@ SWEEP_S = 5.0
 
 
 class Worker:
-    """One stage: its sessions, its waiting steps, and what computes them.
+    """A node's ranges: their sessions, their waiting steps, and what computes them.
+
+    A node that moves takes on its new range, and drops the old one when its last session has ended.
 
     One batch runs at a time: a short one on the event loop itself, a long one on a thread, so that the node goes on
     answering its peers meanwhile.
@@ -62,7 +65,9 @@ class Worker:
         block_time_s: float,
         rss_bytes: Callable[[], int],
     ) -> None:
-        self._executor = executor
+        self._executors = {executor.blocks: executor}
+        self._hidden_size, self._dtype = executor.hidden_size, executor.dtype
+        self._blocks = executor.blocks
         self.sessions = sessions
         self._relay = Relay(dial, self._on_next_failure, self._on_next_lost)
         self._batcher = Batcher()
@@ -94,8 +99,8 @@ class Worker:
 
     def description(self) -> Description:
         return Description(
-            start=self._executor.blocks.start,
-            end=self._executor.blocks.end,
+            start=self._blocks.start,
+            end=self._blocks.end,
             sessions=len(self.sessions),
             cache_tokens=self.sessions.cache_tokens,
             cache_tokens_left=self.sessions.cache_tokens_left,
@@ -104,6 +109,25 @@ class Worker:
             steps=self.steps,
             rows=self.rows,
         )
+
+    def take_on(self, executor: Executor) -> None:
+        """Serve a further range, of the same model in the same dtype; new sessions prefer it."""
+        assert (executor.hidden_size, executor.dtype) == (self._hidden_size, self._dtype)
+        assert executor.blocks not in self._executors
+        self._executors[executor.blocks] = executor
+        self.prefer(executor.blocks)
+
+    def prefer(self, blocks: BlockRange) -> None:
+        """Let new sessions run on this of our ranges where they can, whether it drained before or not."""
+        self.sessions.hold(blocks)
+        self._blocks = blocks
+
+    def drop(self, blocks: BlockRange) -> bool:
+        """Give up a range and its memory; False, and nothing happens, while sessions run on it."""
+        if not self.sessions.release(blocks):
+            return False
+        del self._executors[blocks]
+        return True
 
     async def close(self) -> None:
         """Stop computing and close every stream to neighbours."""
@@ -138,7 +162,8 @@ class Worker:
             self._report(stream, message.session, error)
             return
         self._clients[stream.peer] = stream
-        self._executor.open(session.id, session.max_tokens)
+        assert session.held is not None
+        self._executors[session.held].open(session.id, session.max_tokens)
         self._spawn(self._connect(stream, session))
 
     async def _connect(self, stream: Stream, session: Session) -> None:
@@ -157,7 +182,7 @@ class Worker:
         if not 1 <= len(message.parts) <= MAX_PARTS or any(part.rows < 1 for part in message.parts):
             raise BadFrame(f"a step of {len(message.parts)} parts; 1 to {MAX_PARTS} of at least a row each are allowed")
         rows = sum(part.rows for part in message.parts)
-        hidden, dtype = self._executor.hidden_size, self._executor.dtype
+        hidden, dtype = self._hidden_size, self._dtype
         if message.tensors != (TensorSpec.raw("hidden", dtype, (rows, hidden)),):
             raise BadTensor(f"a step carries one tensor 'hidden' of shape ({rows}, {hidden}) in {dtype}")
         row_bytes = hidden * DTYPE_BYTES[dtype]
@@ -184,20 +209,23 @@ class Worker:
         if self._busy or (batch := self._batcher.next_batch(self._now_s())) is None:
             return
         self._busy = True
+        held = batch.works[0].session.held
+        assert held is not None
+        executor = self._executors[held]
         expected_s = self.block_time_s * len(batch.blocks) * (1 + (batch.rows - 1) / ROWS_PER_BLOCK_TIME)
         if expected_s < SHORT_S:
-            self._finish(batch, self._run(batch), self._now_s())
+            self._finish(batch, self._run(executor, batch), self._now_s())
             return
 
         def run() -> None:
-            outputs = self._run(batch)
+            outputs = self._run(executor, batch)
             self._loop.call_soon_threadsafe(self._finish, batch, outputs, self._now_s())
 
         self._thread.submit(run)
 
-    def _run(self, batch: Batch) -> list[memoryview] | Exception:
+    def _run(self, executor: Executor, batch: Batch) -> list[memoryview] | Exception:
         try:
-            return self._executor.run(batch)
+            return executor.run(batch)
         except Exception as error:
             log.exception("a batch failed", rows=batch.rows)
             return error
@@ -237,7 +265,7 @@ class Worker:
             self._pass_on(forward, peer, members, compute_ms)
 
     def _pass_on(self, forward: bool, peer: PeerId, members: list[tuple[Work, memoryview]], compute_ms: float) -> None:
-        hidden, dtype = self._executor.hidden_size, self._executor.dtype
+        hidden, dtype = self._hidden_size, self._dtype
         row_bytes = hidden * DTYPE_BYTES[dtype]
         sent_s = self._now_s()
         parts: list[Part] = []
@@ -296,7 +324,8 @@ class Worker:
 
     def _free(self, session: SessionId) -> None:
         self._batcher.drop(session)
-        self._executor.close(session)
+        for executor in self._executors.values():
+            executor.close(session)
 
     async def _sweep(self) -> None:
         while True:

@@ -31,10 +31,16 @@ class Session:
     seen_s: float = 0.0
     waiting: int = 0
     """How many rows it was given that have not run yet."""
+    held: BlockRange | None = None
+    """On which of the node's ranges it runs, to its end; `blocks` lie in it."""
 
 
 class SessionTable:
-    """All sessions of a stage. Capacity is reserved when one opens, so that no running session is ever evicted."""
+    """All sessions of a node. Capacity is reserved when one opens, so that no running session is ever evicted.
+
+    A node that moves holds several ranges for a while and shares its cache among them. A new session runs on the first
+    that covers its blocks, the newest first; a range that drains takes no new ones.
+    """
 
     def __init__(
         self,
@@ -48,7 +54,8 @@ class SessionTable:
         idle_s: float = 600.0,
     ) -> None:
         self.model = model
-        self.held = held
+        self._ranges = [held]
+        self._draining: set[BlockRange] = set()
         self.dtype = dtype
         self.cache_tokens = cache_tokens
         self.context_tokens = context_tokens
@@ -59,6 +66,44 @@ class SessionTable:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    @property
+    def ranges(self) -> tuple[BlockRange, ...]:
+        """Every range that sessions run on, the one that new ones prefer first."""
+        return tuple(self._ranges)
+
+    @property
+    def open_ranges(self) -> tuple[BlockRange, ...]:
+        """Those of them that take new sessions."""
+        return tuple(blocks for blocks in self._ranges if blocks not in self._draining)
+
+    def hold(self, blocks: BlockRange) -> None:
+        """Let new sessions run on a further range, or again on one that drained, rather than on the others."""
+        if blocks in self._ranges:
+            self._ranges.remove(blocks)
+        self._ranges.insert(0, blocks)
+        self._draining.discard(blocks)
+
+    def drain(self, blocks: BlockRange) -> None:
+        """Let no new session run on a range; those that do go on."""
+        assert blocks in self._ranges
+        self._draining.add(blocks)
+
+    def release(self, blocks: BlockRange) -> bool:
+        """Forget a range; False, and nothing happens, while sessions run on it."""
+        if self.running_on(blocks):
+            return False
+        self._ranges.remove(blocks)
+        self._draining.discard(blocks)
+        return True
+
+    def running_on(self, blocks: BlockRange) -> int:
+        """How many sessions run on a range."""
+        return sum(session.held == blocks for session in self._sessions.values())
+
+    def resize(self, cache_tokens: int) -> None:
+        """Promise another number of cache tokens in all; never fewer than are reserved already."""
+        self.cache_tokens = max(cache_tokens, self._reserved)
 
     @property
     def cache_tokens_left(self) -> int:
@@ -76,8 +121,10 @@ class SessionTable:
         if not 0 <= message.start < message.end:
             raise BadFrame(f"blocks {message.start}:{message.end} are no range")
         blocks = BlockRange(message.start, message.end)
-        if not self.held.covers(blocks):
-            raise NotHere(f"this node holds blocks {self.held}, not {blocks}")
+        held = next((held for held in self.open_ranges if held.covers(blocks)), None)
+        if held is None:
+            there = " and ".join(map(str, self.open_ranges)) or "none"
+            raise NotHere(f"this node holds blocks {there}, not {blocks}")
         if message.dtype != self.dtype:
             raise NotHere(
                 f"this node computes in {self.dtype}, not {message.dtype[:16]}; start the client with that dtype"
@@ -106,6 +153,7 @@ class SessionTable:
             message.next_peer,
             message.next_addresses,
             seen_s=now_s,
+            held=held,
         )
         self._sessions[message.session] = session
         self._reserved += message.max_tokens
@@ -165,6 +213,9 @@ class SessionTable:
         """Invariant: what is reserved is what the open sessions reserved, and never more than there is."""
         assert self._reserved == sum(session.max_tokens for session in self._sessions.values())
         assert 0 <= self._reserved <= self.cache_tokens
+        assert all(session.held in self._ranges for session in self._sessions.values())
+        assert len(set(self._ranges)) == len(self._ranges)
+        assert self._draining <= set(self._ranges)
 
     def _drop(self, session: Session) -> None:
         del self._sessions[session.id]

@@ -119,7 +119,7 @@ def frame(part: Part, values: np.ndarray[Any, Any]) -> tuple[Step, bytes]:
 
 
 def opening(node: Node, session: int = 1, **changes: Any) -> Open:
-    held = node.worker.sessions.held
+    held = node.worker.sessions.ranges[0]
     plain = Open(SessionId(session), MODEL, held.start, held.end, "float32", 32, 1, None)
     return msgspec.structs.replace(plain, **changes)
 
