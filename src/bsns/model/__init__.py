@@ -3,6 +3,7 @@
 source      what a user calls a model, as a directory on this disk
 gguf        GGUF files converted to such a directory, once
 checkpoint  what the headers of a checkpoint say (without torch)
+shapes      what planning has to know of a model
 families    where a family keeps its parts, for the few that differ
 stage       a range of blocks, run by the library's own layers
 ends        embedding, last norm and head, which stay with the client

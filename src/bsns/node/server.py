@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 import bsns
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, BsnsError, NotEnoughMemory, NotHere
+from bsns.model.shapes import block_bytes as block_bytes_of
 from bsns.model.source import ModelSource
 from bsns.model.stage import Stage
 from bsns.node.peer import Listen, Peer
@@ -25,6 +25,7 @@ from bsns.planning.joining import choose_range
 from bsns.planning.memory import fitting_blocks
 from bsns.protocol.records import NodeRecord
 from bsns.protocol.tensors import DTYPE_BYTES
+from bsns.worker.calibration import calibrate
 from bsns.worker.service import Worker
 from bsns.worker.sessions import SessionTable
 from bsns.worker.throttle import throttled
@@ -75,7 +76,7 @@ class Server:
         torch.set_num_threads(options.threads or default_threads())
         present = await View(peer.directory, source.model_id, None, source.block_count).records()
         dtype = choose_dtype(options.dtype, device, [record.dtype for record in present])
-        block_bytes = _block_bytes(source, DTYPE_BYTES[dtype])
+        block_bytes = block_bytes_of(source, DTYPE_BYTES[dtype])
         kv_bytes = source.kv_bytes_per_token_per_block(DTYPE_BYTES[dtype])
         blocks = _choose_blocks(options, source, present, block_bytes, kv_bytes)
         cache_tokens = _cache_tokens(options, source, blocks, block_bytes, kv_bytes)
@@ -99,6 +100,7 @@ class Server:
             version=bsns.__version__,
             started_s=time.time(),
             expires_s=time.time() + RECORD_LIFETIME_S,
+            memory_bytes=usable_bytes(options),
         )
         told(f"joining swarm {peer.membership.swarm[:8]} for blocks {blocks}")
         await peer.directory.publish(record)  # others that choose now already count us
@@ -108,7 +110,8 @@ class Server:
         stage = await asyncio.to_thread(Stage, source.path, blocks, dtype=dtype, device=device)
         executor = throttled(TorchExecutor(stage, dtype=dtype))
         told("measuring")
-        block_time_s = await asyncio.to_thread(executor.measure_block_time_s)
+        calibration = await asyncio.to_thread(calibrate, executor)
+        record = msgspec.structs.replace(record, prefill_time_s=calibration.prefill_time_s)
         sessions = SessionTable(
             model=source.model_id,
             held=blocks,
@@ -116,7 +119,7 @@ class Server:
             cache_tokens=cache_tokens,
             context_tokens=source.context_tokens,
         )
-        worker = Worker(executor, sessions, peer.dial, block_time_s=block_time_s, rss_bytes=rss_bytes)
+        worker = Worker(executor, sessions, peer.dial, block_time_s=calibration.block_time_s, rss_bytes=rss_bytes)
         await peer.listen(worker.serve)
         server = cls(peer, source, worker, record)
         await server.publish("serving")
@@ -168,15 +171,6 @@ def _renewed(record: NodeRecord, state: str, cache_left: int, block_time_s: floa
     )
 
 
-def _block_bytes(source: ModelSource, item_bytes: int) -> list[int]:
-    """What each block's weights take in the dtype they are computed in, whatever they are stored in."""
-    sizes = [0] * source.block_count
-    for entry in source.checkpoint.tensors.values():
-        if entry.block is not None:
-            sizes[entry.block] += math.prod(entry.shape) * item_bytes
-    return sizes
-
-
 def choose_device(device: str) -> str:
     """`auto` takes CUDA, then Apple's GPU, then the CPU. Raises BadOption for a device that is not there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -213,13 +207,21 @@ def rss_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def usable_bytes(options: ServeOptions) -> int:
+    """What may go to weights and caches, beyond what the process takes without them: asked before it has any."""
+    if options.memory_bytes is not None:
+        return max(0, options.memory_bytes - rss_bytes())
+    return int(psutil.virtual_memory().available * 0.8)
+
+
 def _choose_blocks(
     options: ServeOptions, source: ModelSource, present: list[NodeRecord], block_bytes: list[int], kv_bytes: int
 ) -> BlockRange:
     """The range asked for, or the one the swarm needs most among those that fit."""
-    memory_bytes = options.memory_bytes or int(psutil.virtual_memory().available * 0.8) + rss_bytes()
+    baseline_bytes = rss_bytes()
+    memory_bytes = usable_bytes(options) + baseline_bytes
     tokens = options.cache_tokens or min(LEAST_CACHE_TOKENS, source.context_tokens)
-    fit = fitting_blocks(memory_bytes, block_bytes, kv_bytes, tokens, rss_bytes())
+    fit = fitting_blocks(memory_bytes, block_bytes, kv_bytes, tokens, baseline_bytes)
     if options.blocks == "auto":
         holders = [(r.blocks, 1.0 / max(r.block_time_s, 1e-6) if r.block_time_s else 1.0) for r in present]
         return choose_range(source.block_count, holders, fit)

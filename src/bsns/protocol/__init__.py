@@ -3,6 +3,7 @@
 frames      how a message and its tensors become bytes, with every length bounded
 greeting    who may talk: Hello and Welcome
 inference   a session's life on a stage: Open, Step, Result, Close
+probing     how long so many bytes take from one member to another
 records     what a node announces about itself
 tensors     how a message describes the tensors in its frame
 membership  invites and the certificates made from them

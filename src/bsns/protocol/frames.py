@@ -30,6 +30,7 @@ from bsns.protocol.inference import (
     Result,
     Step,
 )
+from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 
 PROTOCOL_VERSION = 1
@@ -54,6 +55,8 @@ Message = (
     | Pong
     | Describe
     | Description
+    | Probe
+    | Probed
 )
 Buffer = bytes | bytearray | memoryview
 

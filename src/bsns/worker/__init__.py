@@ -4,6 +4,7 @@ sessions        who may step where, and how much cache is promised (pure)
 batching        which steps run together, and when (pure)
 executor        the port: a batch in, activations out, the KV cache behind it
 torch_executor  the model library's own layers, on any device
+calibration     how fast a stage is, measured before it serves
 throttle        another executor on a slower machine, for emulated swarms
 relay           streams to the next stages
 service         the conversation with clients and neighbours
