@@ -68,7 +68,6 @@ def distances(
     else:
         first = _fastest(snapshot.nodes) if start is None else start
         index_M, matrix_MM, radius_s = _spread(graph, first, most)
-        notes.append(f"of {count} nodes {most} that lie well spread stand for all")
     missing = count * (count - 1) // 2 - len(links)
     if missing:
         notes.append(
@@ -81,6 +80,11 @@ def distances(
         matrix_MM = np.where(np.isinf(matrix_MM), farthest_s, matrix_MM)
         notes.append("no measured way joins some of the nodes; they are assumed to lie as far apart as any two known")
         radius_s = min(radius_s, farthest_s)
+    if count > most:
+        notes.append(
+            f"of {count} nodes {most} that lie well spread stand for all; "
+            f"the others are within {radius_s * 1e3:.3g} ms of one of them"
+        )
     return Distances(symmetric(matrix_MM), index_M, count, radius_s, tuple(notes))
 
 
