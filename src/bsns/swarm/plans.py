@@ -11,8 +11,7 @@ import msgspec
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, FrameTooLarge, NotTheOrchestrator, StalePlan
 from bsns.core.ids import ModelId, PeerId, SwarmId
-from bsns.core.plan import Objective, Plan
-from bsns.protocol.plans import Assignment, PlanRecord, SignedPlan
+from bsns.protocol.plans import PlanRecord, SignedPlan
 from bsns.swarm.election import Lease
 from bsns.swarm.identity import SIGNATURE_BYTES, Identity, public_key_of, verify
 from bsns.swarm.membership import Membership
@@ -124,18 +123,9 @@ def check_plan(record: PlanRecord) -> None:
     _require(len({one.peer for one in record.assignments}) == len(record.assignments), record, "a node assigned twice")
 
 
-def assignments_of(plan: Plan) -> tuple[Assignment, ...]:
-    """Who shall hold what under a plan, as it travels."""
-    return tuple(Assignment(peer, blocks.start, blocks.end) for peer, blocks in sorted(plan.assignments.items()))
-
-
 def ranges_of(record: PlanRecord) -> dict[PeerId, BlockRange]:
     """Who shall hold what under a plan record."""
     return {one.peer: BlockRange(one.start, one.end) for one in record.assignments}
-
-
-def objective_of(record: PlanRecord) -> Objective:
-    return Objective(*record.objective)
 
 
 class Reign:
