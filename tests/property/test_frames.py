@@ -16,6 +16,7 @@ from bsns.protocol.frames import PREFIX, Message, decode_header, encode, split_b
 from bsns.protocol.greeting import Hello
 from bsns.protocol.inference import Failure, Open, Part, Ping, Step
 from bsns.protocol.membership import Certificate
+from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
 from bsns.transport.framing import FrameReader
 
@@ -24,6 +25,8 @@ VALID: list[tuple[Message, list[bytes]]] = [
     (Failure(SessionId(1), "CacheFull", "no room"), []),
     (Hello(1, "ab" * 16, Certificate(b"k" * 32, 1e9, b"s" * 64, b"p" * 64)), []),
     (Open(SessionId(1), ModelId("model"), 0, 4, "float32", 128, 2, None), []),
+    (Probe(3, (TensorSpec.raw("probe", "int64", (2,)),)), [bytes(16)]),
+    (Probed(3, 1.5), []),
     (Step((Part(SessionId(1), 0, 2, 1, ((0.5, 0.25),)),), (TensorSpec.raw("hidden", "float32", (2, 3)),)), [bytes(24)]),
 ]
 

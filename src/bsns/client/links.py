@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from bsns.core.errors import BadFrame, BsnsError, PeerLost, PeerTimedOut, ProtocolError, error_from_wire
+from bsns.core.errors import BadFrame, BsnsError, PeerFailed, PeerLost, PeerTimedOut, ProtocolError, error_from_wire
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.frames import Buffer, Message
 from bsns.protocol.greeting import Refusal
@@ -27,6 +27,8 @@ from bsns.protocol.inference import (
     Pong,
     Result,
 )
+from bsns.protocol.probing import Probe, Probed
+from bsns.protocol.tensors import TensorSpec
 from bsns.transport.port import Dial, Stream
 
 log = structlog.get_logger(__name__)
@@ -52,6 +54,7 @@ class Link:
         self._opening: dict[SessionId, asyncio.Future[int]] = {}
         self._closing: dict[SessionId, asyncio.Future[int]] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
+        self._probes: dict[int, asyncio.Future[float]] = {}
         self._descriptions: list[asyncio.Future[Description]] = []
         self._nonces = itertools.count()
         self.lost: BsnsError | None = None
@@ -80,6 +83,19 @@ class Link:
         await self._ask(self._pings, nonce, Ping(nonce), deadline_s)
         return time.perf_counter() - started_s
 
+    async def probe(self, body: memoryview, deadline_s: float = 5.0) -> float:
+        """Seconds until the node has said that these bytes (a multiple of 8) have come.
+
+        Raises PeerFailed if it takes no more probes for now, PeerTimedOut, PeerLost.
+        """
+        nonce = next(self._nonces)
+        message = Probe(nonce, (TensorSpec.raw("probe", "int64", (body.nbytes // 8,)),))
+        started_s = time.perf_counter()
+        wait_s = await self._ask(self._probes, nonce, message, deadline_s, (body,))
+        if wait_s > 0:
+            raise PeerFailed(f"node {self.peer} takes no more probes for {wait_s:.1f} s")
+        return time.perf_counter() - started_s
+
     async def describe(self, deadline_s: float = 2.0) -> Description:
         """The node's present numbers. Raises PeerTimedOut, PeerLost."""
         future: asyncio.Future[Description] = asyncio.get_running_loop().create_future()
@@ -91,20 +107,29 @@ class Link:
         await asyncio.gather(self._reader, return_exceptions=True)
         await self._stream.close()
 
-    async def _ask(self, waiting: dict[K, asyncio.Future[T]], key: K, message: Message, deadline_s: float) -> T:
+    async def _ask(
+        self,
+        waiting: dict[K, asyncio.Future[T]],
+        key: K,
+        message: Message,
+        deadline_s: float,
+        buffers: Sequence[Buffer] = (),
+    ) -> T:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         waiting[key] = future
         try:
-            return await self._wait(future, message, deadline_s)
+            return await self._wait(future, message, deadline_s, buffers)
         finally:
             waiting.pop(key, None)
 
-    async def _wait(self, future: asyncio.Future[T], message: Message, deadline_s: float) -> T:
+    async def _wait(
+        self, future: asyncio.Future[T], message: Message, deadline_s: float, buffers: Sequence[Buffer] = ()
+    ) -> T:
         if self.lost is not None:
             raise self.lost
         try:
             async with asyncio.timeout(deadline_s):
-                await self._stream.send(message)
+                await self._stream.send(message, buffers)
                 return await future
         except TimeoutError:
             raise PeerTimedOut(
@@ -137,6 +162,8 @@ class Link:
                 _settle(self._closing.get(message.session), message.cache_tokens_left)
             case Pong():
                 _settle(self._pings.get(message.nonce), None)
+            case Probed():
+                _settle(self._probes.get(message.nonce), message.wait_s)
             case Description():
                 if self._descriptions:
                     _settle(self._descriptions.pop(0), message)
@@ -153,6 +180,7 @@ class Link:
             *self._opening.values(),
             *self._closing.values(),
             *self._pings.values(),
+            *self._probes.values(),
             *self._descriptions,
         ]
         for future in waiting:
@@ -197,6 +225,13 @@ class Links:
                 stream = await self._dial(peer, addresses)
                 link = self._links[peer] = Link(stream, self._on_results, self._on_failure, self._on_lost)
             return link
+
+    async def drop(self, peer: PeerId) -> None:
+        """Close the link to a peer, if there is one."""
+        link = self._links.pop(peer, None)
+        self._locks.pop(peer, None)
+        if link is not None:
+            await link.close()
 
     async def close(self) -> None:
         links, self._links = list(self._links.values()), {}

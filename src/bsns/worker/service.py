@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -30,7 +31,9 @@ from bsns.protocol.inference import (
     Result,
     Step,
 )
+from bsns.protocol.probing import MAX_PROBE_BYTES, Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
+from bsns.swarm.allowances import ProbeLimiter
 from bsns.transport.port import Dial, Stream
 from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.executor import Executor
@@ -43,6 +46,7 @@ SHORT_S = 0.05
 """Batches expected to take less are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
 ROWS_PER_BLOCK_TIME = 4
 """How many further rows add about as much as the first, roughly: weights are read once for all of them."""
+BUSY_S = 1.0
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
 
@@ -76,6 +80,8 @@ class Worker:
         self._clients: dict[PeerId, Stream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._rss_bytes = rss_bytes
+        self._probes = ProbeLimiter()
+        self._worked_s = -math.inf
         self.block_time_s = block_time_s
         self.steps = 0
         self.rows = 0
@@ -129,6 +135,10 @@ class Worker:
         del self._executors[blocks]
         return True
 
+    def busy(self) -> bool:
+        """Whether it computes, or did within the last second: a stage between two steps of a stream is not idle."""
+        return self._busy or self._now_s() - self._worked_s < BUSY_S
+
     async def close(self) -> None:
         """Stop computing and close every stream to neighbours."""
         self._busy = True  # no batch starts any more
@@ -151,8 +161,17 @@ class Worker:
                 self._post(stream, Pong(message.nonce))
             case Describe():
                 self._post(stream, self.description())
+            case Probe():
+                self._post(stream, Probed(message.nonce, self._probe_wait_s(stream.peer, buffers)))
             case _:
                 raise BadFrame(f"a stage does not take {type(message).__name__}")
+
+    def _probe_wait_s(self, peer: PeerId, buffers: Sequence[memoryview]) -> float:
+        """How long a peer must wait before we take its probe; 0 if it was taken. Raises BadFrame for a flood."""
+        size = sum(buffer.nbytes for buffer in buffers)
+        if size > MAX_PROBE_BYTES:
+            raise BadFrame(f"a probe of {size} bytes; the limit is {MAX_PROBE_BYTES}")
+        return self._probes.wait_s(peer, size, self._now_s())
 
     def _open(self, stream: Stream, message: Open) -> None:
         """Admit a session before the stream's next message or end, so that whoever leaves now has it freed."""
@@ -233,6 +252,7 @@ class Worker:
     def _finish(self, batch: Batch, outputs: list[memoryview] | Exception, finished_s: float) -> None:
         """Hand a batch's outputs on, and let the next one run once the loop has heard what arrived meanwhile."""
         self._busy = False
+        self._worked_s = finished_s
         if isinstance(outputs, Exception):
             error = PeerFailed(f"computing blocks {batch.blocks} failed: {type(outputs).__name__}")
             for work in batch.works:

@@ -12,7 +12,7 @@ from memory_swarm import until
 from bsns.client.links import Link, Links, split_rows
 from bsns.client.session import Session
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadFrame, BsnsError, CacheFull, PeerLost, PeerTimedOut, PeerUnreachable
+from bsns.core.errors import BadFrame, BsnsError, CacheFull, PeerFailed, PeerLost, PeerTimedOut, PeerUnreachable
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.frames import Message
 from bsns.protocol.greeting import Refusal
@@ -29,6 +29,7 @@ from bsns.protocol.inference import (
     Pong,
     Result,
 )
+from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
 from bsns.routing.chain import Hop
 from bsns.transport.memory import MemoryNetwork, MemoryTransport
@@ -49,6 +50,7 @@ class PlayedNode:
             Close: lambda m: Closed(m.session, 43),
             Ping: lambda m: Pong(m.nonce),
             Describe: lambda _: DESCRIPTION,
+            Probe: lambda m: Probed(m.nonce),
         }
 
     async def serve(self, stream: Stream) -> None:
@@ -115,6 +117,7 @@ async def test_each_question_gets_its_answer(scene: Scene) -> None:
     assert await link.open(opening(), DEADLINE_S) == 42
     assert await link.close_session(SessionId(1), DEADLINE_S) == 43
     assert 0 <= await link.ping() < DEADLINE_S
+    assert 0 <= await link.probe(memoryview(bytes(4096))) < DEADLINE_S
     assert await asyncio.gather(link.describe(), link.describe()) == [DESCRIPTION, DESCRIPTION]
 
 
@@ -134,6 +137,22 @@ async def test_a_refused_open_raises_what_the_node_said(scene: Scene) -> None:
     assert scene.ears.failures.empty()
 
 
+async def test_a_refused_probe_raises(scene: Scene) -> None:
+    node = await scene.node("n")
+    node.answers[Probe] = lambda m: Probed(m.nonce, 2.5)
+    with pytest.raises(PeerFailed, match=r"n takes no more probes for 2.5 s"):
+        await (await scene.link("n")).probe(memoryview(bytes(8)))
+
+
+async def test_a_dropped_link_is_dialled_anew(scene: Scene) -> None:
+    node = await scene.node("n")
+    await (await scene.link("n")).ping()
+    await scene.links.drop(PeerId("n"))
+    await scene.links.drop(PeerId("nobody"))
+    assert await (await scene.link("n")).ping() >= 0
+    assert len(node.streams) == 2
+
+
 async def test_failures_of_running_sessions_are_told(scene: Scene) -> None:
     node = await scene.node("n")
     await (await scene.link("n")).open(opening(), DEADLINE_S)
@@ -144,7 +163,7 @@ async def test_failures_of_running_sessions_are_told(scene: Scene) -> None:
 
 async def test_silence_is_a_typed_error(scene: Scene) -> None:
     node = await scene.node("n")
-    for kind in (Open, Close, Ping, Describe):
+    for kind in (Open, Close, Ping, Describe, Probe):
         node.answers[kind] = lambda _: None
     link = await scene.link("n")
     for question in (
@@ -152,6 +171,7 @@ async def test_silence_is_a_typed_error(scene: Scene) -> None:
         link.close_session(SessionId(1), 0.01),
         link.ping(0.01),
         link.describe(0.01),
+        link.probe(memoryview(bytes(8)), 0.01),
     ):
         with pytest.raises(PeerTimedOut, match="n did not answer"):
             await question
