@@ -24,12 +24,19 @@ from bsns.cli.console import (
 )
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
+from bsns.core.plan import Objective
+from bsns.swarm.election import LEASE_S
 
 
 def serve(
     model: ModelArgument,
     blocks: Annotated[
-        str, typer.Option("--blocks", metavar="START:END|auto", help="auto takes what the swarm needs most.")
+        str,
+        typer.Option(
+            "--blocks",
+            metavar="START:END|auto",
+            help="Pins the node to a range; auto takes what the swarm needs most, and moves as the orchestrator plans.",
+        ),
     ] = "auto",
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="The most memory to use, for example 2GiB.")
@@ -57,6 +64,17 @@ def serve(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, metavar="N", help="Port to listen on; 0 takes a free one.")
     ] = 0,
+    objective: Annotated[
+        str,
+        typer.Option(
+            "--objective", metavar="NAME", help="What to plan for when elected: throughput, latency or mixed."
+        ),
+    ] = "throughput",
+    orchestrate: Annotated[
+        bool, typer.Option("--orchestrate/--no-orchestrate", help="Stand for election as orchestrator, or only follow.")
+    ] = True,
+    first_blocks: Annotated[str | None, typer.Option("--first-blocks", metavar="START:END", hidden=True)] = None,
+    lease_s: Annotated[float, typer.Option("--lease-s", metavar="SECONDS", hidden=True)] = LEASE_S,
     as_json: JsonFlag = False,
     leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
 ) -> None:
@@ -98,10 +116,24 @@ def serve(
 
                 told("looking at the model")
                 source = await asyncio.to_thread(resolve, model, progress=told)
-                if blocks != "auto":  # a mistake is told before the swarm is troubled
-                    BlockRange.parse(blocks, source.block_count)
+                Objective.named(objective)  # a mistake is told before the swarm is troubled
+                for asked in (blocks, first_blocks):
+                    if asked not in (None, "auto"):
+                        BlockRange.parse(asked, source.block_count)
                 told("joining the swarm" if join else "founding a swarm")
-                options = ServeOptions(blocks, memory_bytes, cache_tokens, device, dtype, threads, Listen(host, port))
+                options = ServeOptions(
+                    blocks,
+                    memory_bytes,
+                    cache_tokens,
+                    device,
+                    dtype,
+                    threads,
+                    Listen(host, port),
+                    first_blocks=first_blocks,
+                    orchestrate=orchestrate,
+                    objective=objective,
+                    lease_s=lease_s,
+                )
                 peer = await (
                     Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public)
                 )

@@ -77,8 +77,13 @@ class SessionTable:
         """Those of them that take new sessions."""
         return tuple(blocks for blocks in self._ranges if blocks not in self._draining)
 
+    @property
+    def reserved(self) -> int:
+        """Tokens of cache that sessions have."""
+        return self._reserved
+
     def hold(self, blocks: BlockRange) -> None:
-        """Let new sessions run on a further range, or again on one that drained, rather than on the others."""
+        """Let new sessions run on a range, which may be a further one, rather than on the others."""
         if blocks in self._ranges:
             self._ranges.remove(blocks)
         self._ranges.insert(0, blocks)
@@ -88,6 +93,10 @@ class SessionTable:
         """Let no new session run on a range; those that do go on."""
         assert blocks in self._ranges
         self._draining.add(blocks)
+
+    def reopen(self, blocks: BlockRange) -> None:
+        """Undo `drain`."""
+        self._draining.discard(blocks)
 
     def release(self, blocks: BlockRange) -> bool:
         """Forget a range; False, and nothing happens, while sessions run on it."""

@@ -9,7 +9,7 @@ import pytest
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, NotEnoughMemory, NotHere
 from bsns.model.source import ModelSource
-from bsns.node.server import ServeOptions, _choose_blocks, choose_device, choose_dtype, rss_bytes
+from bsns.node.capacity import ServeOptions, choose_blocks, choose_device, choose_dtype, rss_bytes
 
 BLOCK_BYTES = [100 * 2**20] * 4
 
@@ -23,7 +23,7 @@ class Shape:
 
 def choose(blocks: str, room_mib: int) -> BlockRange:
     options = ServeOptions(blocks=blocks, memory_bytes=rss_bytes() + room_mib * 2**20)
-    return _choose_blocks(options, cast("ModelSource", Shape()), [], BLOCK_BYTES, kv_bytes=1)
+    return choose_blocks(options, cast("ModelSource", Shape()), [], BLOCK_BYTES, kv_bytes=1)
 
 
 def test_auto_takes_as_much_as_fits() -> None:

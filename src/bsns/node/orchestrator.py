@@ -1,0 +1,240 @@
+"""The orchestrator's office: a node stands for it, holds it, plans while it does, and says which plan is in force.
+
+The swarm never waits for it. What runs goes on without an orchestrator; nobody moves then, and whoever joins chooses by
+itself (planning.joining). Nodes that were pinned to their blocks take no part: they are planned around.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import msgspec
+import structlog
+
+from bsns.core.errors import BsnsError, NotTheOrchestrator, StalePlan
+from bsns.core.ids import PeerId
+from bsns.core.plan import Objective, Plan
+from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.protocol.plans import PlanRecord
+from bsns.protocol.records import NodeRecord
+from bsns.swarm.directory import Directory
+from bsns.swarm.election import LEASE_S, Claim, Election, Lease, Seen, Stand, StepDown, Stored
+from bsns.swarm.membership import Membership
+from bsns.swarm.plans import Reign, draw, lease_of, lot_of
+from bsns.swarm.proposals import Planner, Proposal, assignments_of, propose
+
+log = structlog.get_logger(__name__)
+
+CACHE_TOKENS = 2048
+"""Of cache that every node of a plan has room for."""
+PLAN_S = 2.0
+"""The most a search for a better plan may take; it shares its process with a node that serves."""
+LEAST_WAIT_S = 0.02
+
+Obey = Callable[[PlanRecord | None, Sequence[NodeRecord], float], None]
+
+
+def best_plan(snapshot: Snapshot, shape: ModelShape, objective: Objective, cache_tokens: int) -> Plan:
+    """The planner's best within PLAN_S. The same snapshot gives the same plan where time does not run out."""
+    import numpy as np  # planning loads scipy and ortools: only a node that plans pays for them
+
+    from bsns.planning.planner import make_plan
+
+    until_s = time.monotonic() + PLAN_S
+    return make_plan(
+        snapshot,
+        shape,
+        objective=objective,
+        cache_tokens=cache_tokens,
+        rng=np.random.default_rng(0),
+        remaining_s=lambda: until_s - time.monotonic(),
+    )
+
+
+class Orchestrator:
+    """One node's part in its model's government. `run` is a task; `look` one turn of it, for tests."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        membership: Membership,
+        shape: ModelShape,
+        *,
+        obey: Obey,
+        stand: Callable[[bytes], None],
+        stands: bool = True,
+        objective: Objective | None = None,
+        cache_tokens: int = CACHE_TOKENS,
+        lease_s: float = LEASE_S,
+        planner: Planner = best_plan,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`obey` is told the plan in force and who is here, at every turn; `stand` our draw for the next term.
+
+        `clock` gives Unix time. Raises BadOption for an impossible lease.
+        """
+        self._directory = directory
+        self._me = membership.peer
+        self._shape = shape
+        self._obey = obey
+        self._stand = stand
+        self._objective = objective or Objective()
+        self._cache_tokens = cache_tokens
+        self._planner = planner
+        self._clock = clock
+        self._lots: dict[tuple[PeerId, int, bytes], bytes | None] = {}
+        swarm, identity = membership.swarm, membership.identity
+
+        def own_draw(term: int) -> bytes:
+            return draw(identity, swarm, shape.model, term)
+
+        def checked(peer: PeerId, term: int, drawn: bytes) -> bytes | None:
+            known = (peer, term, drawn)
+            if known not in self._lots:
+                self._lots = {key: lot for key, lot in self._lots.items() if key[1] >= term}
+                self._lots[known] = lot_of(peer, swarm, shape.model, term, drawn)
+            return self._lots[known]
+
+        self._draw = own_draw
+        self.election = Election(self._me, own_draw, checked, lease_s=lease_s, stands=stands)
+        self._reign = Reign()
+        self._planned_s = -lease_s
+        self._search: asyncio.Task[Proposal | None] | None = None
+        self._trouble = ""
+
+    @property
+    def plan(self) -> PlanRecord | None:
+        """The plan in force: that of whoever holds the lease now."""
+        plan, holder = self._reign.plan, self.election.holder(self._clock())
+        return plan if plan is not None and holder is not None and plan.author == holder.holder else None
+
+    async def run(self) -> None:
+        """Govern and obey until cancelled."""
+        try:
+            while True:
+                try:
+                    await self.look()
+                    self._tell_trouble("")
+                except BsnsError as error:
+                    self._tell_trouble(error.message)
+                except Exception:
+                    log.exception("a turn of the orchestrator failed; trying again")
+                wait_s = min(max(self.election.wake_s - self._clock(), LEAST_WAIT_S), self.election.renew_s)
+                if self._search is not None and not self._search.done():
+                    await asyncio.wait([self._search], timeout=wait_s)
+                else:
+                    await asyncio.sleep(wait_s)
+        finally:
+            if self._search is not None:
+                self._search.cancel()
+
+    async def look(self) -> None:
+        """Read the directory, do what the election asks for, plan if that is ours to do, and pass on what is in force.
+
+        Raises PeerError or NotAMember where the directory does not answer.
+        """
+        read_s = time.monotonic()
+        records = [record for record in await self._directory.records() if self._ours(record)]
+        plans = [plan for plan in await self._directory.plans() if self._ours(plan)]
+        now_s = self._clock()
+        draws = {record.peer: record.draw if record.state == "serving" else b"" for record in records}
+        for action in self.election.handle(Seen([lease_of(plan) for plan in plans], draws), now_s):
+            match action:
+                case Claim(lease):
+                    await self._store(self._record(lease))
+                case Stand(term):
+                    self._stand(self._draw(term))
+                case StepDown(to):
+                    log.info("no longer the orchestrator", to=to)
+        self._take_up(plans)
+        if self.election.acts(self._clock()):
+            await self._govern(records)
+        self._obey(self.plan, records, read_s)
+
+    def _ours(self, record: NodeRecord | PlanRecord) -> bool:
+        shape = self._shape
+        return (record.model, record.dtype, record.block_count) == (shape.model, shape.dtype, shape.block_count)
+
+    def _take_up(self, plans: Sequence[PlanRecord]) -> None:
+        """Accept the leaseholder's plan, and nobody else's."""
+        holder = self.election.holder(self._clock())
+        for plan in plans:
+            try:
+                if self._reign.accept(plan, holder.holder if holder is not None else None):
+                    log.info("a plan is in force", term=plan.term, version=plan.version, author=plan.author)
+            except (NotTheOrchestrator, StalePlan) as error:
+                log.debug("a plan was not accepted", reason=error.message)
+
+    def _record(self, lease: Lease, changes: Proposal | None = None) -> PlanRecord:
+        """Our record for a lease: with a new plan, or the one we have published in this term."""
+        last = self._reign.plan
+        ours = last if last is not None and (last.author, last.term) == (self._me, lease.term) else None
+        record = PlanRecord(
+            author=self._me,
+            model=self._shape.model,
+            block_count=self._shape.block_count,
+            dtype=self._shape.dtype,
+            term=lease.term,
+            lot=self._draw(lease.term),
+            version=ours.version if ours is not None else 0,
+            objective=(self._objective.bottleneck, self._objective.latency),
+            assignments=ours.assignments if ours is not None else (),
+            bottleneck_s=ours.bottleneck_s if ours is not None else 0.0,
+            latency_s=ours.latency_s if ours is not None else 0.0,
+            lower_bound_s=ours.lower_bound_s if ours is not None else 0.0,
+            issued_s=lease.expires_s - self.election.lease_s,
+            expires_s=lease.expires_s,
+        )
+        if changes is None:
+            return record
+        return msgspec.structs.replace(
+            record,
+            version=record.version + 1,
+            assignments=assignments_of(changes.ranges),
+            bottleneck_s=changes.cost.bottleneck_s,
+            latency_s=changes.cost.latency_s,
+            lower_bound_s=changes.lower_bound_s,
+        )
+
+    async def _store(self, record: PlanRecord) -> None:
+        await self._directory.publish_plan(record)
+        now_s = self._clock()
+        self.election.handle(Stored(lease_of(record)), now_s)
+        self._take_up([record])
+        if record.version == 0 and record.issued_s > now_s - LEAST_WAIT_S:
+            log.debug("claimed the lease", term=record.term)
+
+    async def _govern(self, records: Sequence[NodeRecord]) -> None:
+        """Look for a better plan once in a lease's time, and publish what was found if it is worth it."""
+        now_s = self._clock()
+        if self._search is not None and self._search.done():
+            search, self._search = self._search, None
+            proposal = search.result()
+            lease = self.election.holder(now_s)
+            if proposal is not None and proposal.reason is not None and lease is not None:
+                renewed = replace(lease, expires_s=now_s + self.election.lease_s)
+                await self._store(self._record(renewed, proposal))
+                log.info("published a plan", reason=proposal.reason, term=renewed.term)
+        elif self._search is None and now_s - self._planned_s >= self.election.lease_s:
+            self._planned_s = now_s
+            self._search = asyncio.create_task(asyncio.to_thread(self._propose, records, now_s))
+
+    def _propose(self, records: Sequence[NodeRecord], now_s: float) -> Proposal | None:
+        last = self._reign.plan
+        first = last is None or (last.author, last.term) != (self._me, self.election.term) or not last.version
+        try:
+            return propose(
+                records, last, self._shape, self._planner, self._objective, self._cache_tokens, now_s, first=first
+            )
+        except BsnsError as error:
+            log.info("no plan for the nodes that are here", reason=error.message)
+            return None
+
+    def _tell_trouble(self, reason: str) -> None:
+        """Log a failure once, not at every turn."""
+        if reason and reason != self._trouble:
+            log.warning("the directory does not answer the orchestrator; trying again", reason=reason)
+        self._trouble = reason

@@ -1,0 +1,105 @@
+"""Layouts: what the ranges that nodes hold now are worth, and whether a new plan is worth moving for. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bsns.core.blocks import BlockRange
+from bsns.core.ids import PeerId
+from bsns.core.plan import Objective
+from bsns.planning.problem import ChainProblem
+
+WORTH_MOVING = 0.2
+"""How much better a new plan must be. A move costs the caches of sessions that have to be opened again: 20 to 25 % in
+Petals (arXiv 2312.08361, §3.2)."""
+
+Ranges = Mapping[PeerId, Sequence[BlockRange]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a layout, as a plan's: its slowest stage's time for a token, one token's way. inf where blocks are missing."""
+
+    bottleneck_s: float
+    latency_s: float
+
+    def value(self, objective: Objective) -> float:
+        return objective.value(self.bottleneck_s, self.latency_s) if math.isfinite(self.bottleneck_s) else math.inf
+
+
+NOTHING = Cost(math.inf, math.inf)
+
+
+def layout_cost(problem: ChainProblem, ranges: Ranges, objective: Objective) -> Cost:
+    """What a layout costs by the better of two ways to use it, both of which it really affords.
+
+    Either one node computes each stage, or all that hold a stage share its work; then a node gives each stage no more
+    than that stage's part of what it holds. Stages are cut where somebody's range begins or ends. The way is found by
+    dynamic programming over the cuts and the last node; it is the best for a single weight, near it for a mixture.
+    """
+    index = {peer: number for number, peer in enumerate(problem.peers)}
+    held = [(index[peer], blocks) for peer, those in ranges.items() if peer in index for blocks in those]
+    cuts = sorted({0, problem.block_count, *(end for _, blocks in held for end in (blocks.start, blocks.end))})
+    stages: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # a stage's holders, and their part for it
+    for node, blocks in held:
+        inside = [cut for cut in cuts if blocks.start <= cut <= blocks.end]
+        for at, start in enumerate(inside):
+            for end in inside[at + 1 :]:
+                part = float(problem.work_L[start:end].sum() / problem.work_L[blocks.start : blocks.end].sum())
+                stages[start, end][node] = max(part, stages[start, end].get(node, 0.0))
+    costs = [_best_way(problem, stages, objective, shared) for shared in (False, True)]
+    return min(costs, key=lambda cost: cost.value(objective))
+
+
+def _best_way(
+    problem: ChainProblem, stages: Mapping[tuple[int, int], Mapping[int, float]], objective: Objective, shared: bool
+) -> Cost:
+    client = Cost(problem.client_s, problem.client_s)
+    reached: defaultdict[int, dict[int, Cost]] = defaultdict(dict)  # cut → last node → best way there
+    for start, end in sorted(stages, key=lambda stage: (stage[1], stage[0])):
+        holders = stages[start, end]
+        work = float(problem.work_L[start:end].sum())
+        for last, way in [(-1, client)] if start == 0 else list(reached[start].items()):
+            way_in_N = problem.entry_N if last < 0 else problem.hop_NN[last]
+            seconds = {node: work * float(problem.time_N[node]) + float(way_in_N[node]) for node in holders}
+            rates = [math.inf if one_s == 0 else holders[node] / one_s for node, one_s in seconds.items()]
+            for node, one_s in seconds.items():
+                slowest_s = max(way.bottleneck_s, 1 / sum(rates) if shared else one_s)
+                cost = Cost(slowest_s, way.latency_s + one_s)
+                if cost.value(objective) < reached[end].get(node, NOTHING).value(objective):
+                    reached[end][node] = cost
+    ends: list[Cost] = []
+    for node, way in reached[problem.block_count].items():
+        back_s = float(problem.exit_N[node])
+        ends.append(Cost(max(way.bottleneck_s, back_s + problem.client_s), way.latency_s + back_s))
+    return min(ends, key=lambda cost: cost.value(objective), default=NOTHING)
+
+
+def why_move(
+    held_value: float,
+    ordered_value: float,
+    new_value: float,
+    ordered: Mapping[PeerId, BlockRange],
+    new: Mapping[PeerId, BlockRange],
+) -> str | None:
+    """Why a new plan should replace the one in force, in words; None if it should not.
+
+    Values are the objective's, lower is better: of what is held, of what the plan in force orders (inf if nodes it
+    needs are gone), and of the new plan. A move must be worth its cost, unless it moves nobody who has a place.
+    """
+    if dict(ordered) == dict(new):
+        return None
+    if math.isinf(held_value) and math.isinf(ordered_value):
+        return "some blocks are held by nobody"
+    if ordered and math.isinf(ordered_value):
+        return "nodes that the plan needs are gone"
+    now = min(held_value, ordered_value)
+    if new_value <= now * (1 - WORTH_MOVING):
+        return f"it is {1 - new_value / now:.0%} better"
+    only_newcomers = bool(ordered) and all(new.get(peer) == blocks for peer, blocks in ordered.items())
+    if only_newcomers and new_value < now:
+        return "newcomers have a place"
+    return None
