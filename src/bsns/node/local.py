@@ -8,8 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -24,17 +23,6 @@ Told = Callable[[int, str], None]
 """Is told which node (by number) is doing what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where and how a node's process runs, if not simply beside ours: in a network namespace, with its own limits."""
-
-    before: tuple[str, ...] = ()
-    """Words before the command; what they start must become the command itself, in the same process."""
-    arguments: tuple[str, ...] = ()
-    """Further options of `bsns serve`."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
 class LocalSwarm:
     """One process per range, all members of a swarm founded here. Leaving the context ends every process."""
 
@@ -47,17 +35,12 @@ class LocalSwarm:
         device: str = "auto",
         threads: int = 1,
         told: Told = lambda number, what: None,
-        places: Sequence[Place] | None = None,
-        listen: Listen | None = None,
     ) -> None:
-        """`places` are those of the ranges, in order; `listen` is where the founder, this process, is reached."""
         self._model = model
         self._ranges = ranges
         self._arguments = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
         self._threads = threads
         self._told = told
-        self._places = places or [Place()] * len(ranges)
-        self._listen = listen or Listen()
         self._processes: list[asyncio.subprocess.Process] = []
         self._peer: Peer | None = None
 
@@ -76,7 +59,7 @@ class LocalSwarm:
     async def __aenter__(self) -> LocalSwarm:
         """Raises the first node's error if one does not come up, and PeerTimedOut; nothing is left running then."""
         try:
-            self._peer = await Peer.found(self._listen)
+            self._peer = await Peer.found(Listen())
             async with asyncio.timeout(START_DEADLINE_S):
                 for number, blocks in enumerate(self._ranges):
                     self._processes.append(await self._spawn(number, blocks))
@@ -117,16 +100,12 @@ class LocalSwarm:
 
     async def _spawn(self, number: int, blocks: BlockRange) -> asyncio.subprocess.Process:
         self._told(number, f"blocks {blocks}: starting")
-        place = self._places[number]
         return await asyncio.create_subprocess_exec(
-            *(*place.before, sys.executable, "-m", "bsns.cli.main", "serve"),
-            *("--blocks", str(blocks), "--json", "--leashed", str(os.getpid())),
-            *(*self._arguments, *place.arguments, "--", self._model),
+            *(sys.executable, "-m", "bsns.cli.main", "serve"),
+            *("--blocks", str(blocks), "--json", "--leashed", str(os.getpid()), *self._arguments, "--", self._model),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            env=os.environ
-            | {"BSNS_INVITE": self.peer.invite, "OMP_NUM_THREADS": str(self._threads)}
-            | dict(place.environment),
+            env=os.environ | {"BSNS_INVITE": self.peer.invite, "OMP_NUM_THREADS": str(self._threads)},
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
 

@@ -9,32 +9,22 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
-from bsns.core.ids import PeerId, SessionId
-from bsns.protocol.inference import Part
-from bsns.protocol.tensors import DTYPE_BYTES
-from bsns.worker.batching import Batch, Work
+from bsns.core.ids import SessionId
+from bsns.worker.batching import Batch
 from bsns.worker.executor import Executor
 from bsns.worker.service import ROWS_PER_BLOCK_TIME
-from bsns.worker.sessions import Session
 
 VARIABLE = "BSNS_BLOCK_TIME_MS"
 MAX_BLOCK_TIME_MS = 10_000.0
 
 
-class Timed(Executor, Protocol):
-    """An executor that can say how fast it is."""
-
-    def measure_block_time_s(self, repeats: int = ...) -> float: ...
-
-
-T = TypeVar("T", bound=Timed)
+T = TypeVar("T", bound=Executor)
 
 
 def throttled(executor: T) -> T | ThrottledExecutor:
@@ -100,20 +90,6 @@ class ThrottledExecutor:
     def least_s(self, blocks: int, rows: int) -> float:
         """What a batch takes at least."""
         return self._block_time_s * blocks * (1 + (rows - 1) / ROWS_PER_BLOCK_TIME)
-
-    def measure_block_time_s(self, repeats: int = 5) -> float:
-        """Median seconds one block takes for one new token, sleep included."""
-        session = SessionId(-1)
-        state = Session(session, PeerId(""), self.blocks, repeats + 1, 1, None, None, ())
-        hidden = memoryview(bytes(self.hidden_size * DTYPE_BYTES[self.dtype]))
-        self.open(session, repeats + 1)
-        times_s: list[float] = []
-        for position in range(repeats + 1):
-            started_s = self._clock()
-            self.run(Batch(self.blocks, [Work(state, Part(session, position, 1, 0), hidden, started_s)]))
-            times_s.append(self._clock() - started_s)
-        self.close(session)
-        return statistics.median(times_s[1:]) / len(self.blocks)
 
 
 def asked_block_time_s(text: str | None) -> float | None:

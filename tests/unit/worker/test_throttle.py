@@ -9,6 +9,7 @@ from bsns.core.errors import BadOption
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.inference import Part
 from bsns.worker.batching import Batch, Work
+from bsns.worker.calibration import calibrate
 from bsns.worker.sessions import Session
 from bsns.worker.throttle import ThrottledExecutor, asked_block_time_s, throttled
 
@@ -36,9 +37,6 @@ class Clocked:
         self.now_s += self.takes_s
         self.batches.append(batch)
         return [memoryview(bytes(4 * work.part.rows)) for work in batch.works]
-
-    def measure_block_time_s(self, repeats: int = 5) -> float:
-        return self.takes_s / len(self.blocks)
 
     def sleep(self, seconds: float) -> None:
         self.now_s += seconds
@@ -83,13 +81,13 @@ def test_who_is_slower_anyway_does_not_sleep() -> None:
     assert (inner.now_s, executor.sleeps, executor.slept_s) == (100.5, 0, 0.0)
 
 
-def test_it_measures_what_it_takes_and_leaves_no_session() -> None:
-    inner = Clocked(0.004)
+def test_calibration_sees_it() -> None:
+    inner = Clocked(0.0)
     executor = slow(inner, 0.010)
-    assert executor.measure_block_time_s() == pytest.approx(0.010)
-    assert executor.sleeps == len(inner.batches) == 6
-    assert inner.sessions == set()
-    assert [b.works[0].part.position for b in inner.batches] == [0, 1, 2, 3, 4, 5]
+    calibration = calibrate(executor, clock=lambda: inner.now_s)
+    assert calibration.block_time_s == pytest.approx(0.010)
+    assert calibration.prefill_time_s == pytest.approx(0.010 * (1 + 127 / 4) / 128)
+    assert executor.sleeps == len(inner.batches) > 2
 
 
 def test_it_stands_for_the_executor_inside() -> None:
