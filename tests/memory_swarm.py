@@ -66,6 +66,7 @@ class MemorySwarm:
     directory: MemoryDirectory = field(default_factory=MemoryDirectory)
     nodes: dict[str, Node] = field(default_factory=dict)
     clients: list[tuple[Generator, MemoryTransport]] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
 
     async def add_node(
         self,
@@ -75,6 +76,7 @@ class MemorySwarm:
         block_count: int,
         cache_tokens: int = 4096,
         context_tokens: int = 256,
+        block_time_s: float = 1e-3,
         **limits: Any,
     ) -> Node:
         """Start a worker and announce it."""
@@ -106,7 +108,7 @@ class MemorySwarm:
             threads=1,
             cache_tokens=cache_tokens,
             cache_tokens_left=cache_tokens,
-            block_time_s=1e-3,
+            block_time_s=block_time_s,
             rss_bytes=1,
             version="0",
             started_s=now_s,
@@ -136,6 +138,8 @@ class MemorySwarm:
         transport = self.network.transport(name or f"client-{len(self.clients)}")
         view = View(self.directory, MODEL, dtype)
 
+        self.views.append(view)
+
         async def find_route(needed_tokens: int, avoid: Collection[PeerId]) -> Route:
             return route or await view.route(generator.links, needed_tokens, avoid)
 
@@ -149,6 +153,7 @@ class MemorySwarm:
             dtype=dtype,
             context_tokens=context_tokens,
             deadline_s=deadline_s,
+            release=view.release if route is None else lambda route: None,
         )
         self.clients.append((generator, transport))
         return generator

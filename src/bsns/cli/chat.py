@@ -6,6 +6,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from bsns.cli import routing_options as routing
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import (
     DtypeOption,
@@ -32,6 +33,8 @@ def chat(
     join: JoinOption,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 1,
+    objective: routing.Objective = "latency",
+    weights: routing.Weights = None,
     temperature: sampling.Temperature = 0.7,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 0.95,
@@ -58,8 +61,9 @@ def chat(
             options = SamplingOptions(
                 temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
             )
+            client = Client(join, model, dtype=dtype, threads=threads, objective=objective, weights=weights)
             say("joining the swarm")
-            client = await Client(join, model, dtype=dtype, threads=threads).__aenter__()
+            await client.__aenter__()
         try:
             await converse(client, options)
         finally:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bsns.cli import routing_options as routing
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import (
     DtypeOption,
@@ -32,6 +33,8 @@ def generate(
     raw: sampling.RawFlag = False,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 1,
+    objective: routing.Objective = "latency",
+    weights: routing.Weights = None,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -64,8 +67,9 @@ def generate(
             options = SamplingOptions(
                 temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
             )
+            client = Client(join, model, dtype=dtype, threads=threads, objective=objective, weights=weights)
             say("joining the swarm")
-            client = await Client(join, model, dtype=dtype, threads=threads).__aenter__()
+            await client.__aenter__()
         try:
             await answer(client, text, options, raw=raw, as_json=as_json)
         finally:

@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 FindRoute = Callable[[int, Collection[PeerId]], Awaitable[Route]]
 """Chooses a route with room for so many tokens, avoiding these peers. Raises MissingBlocks, CacheFull."""
+Release = Callable[[Route], None]
+"""Told of a chosen route when its session has ended, or could not be opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class Generator:
         context_tokens: int,
         threads: int = 1,
         deadline_s: float = 20.0,
+        release: Release = lambda route: None,
     ) -> None:
         self.prompts = prompts
         self.context_tokens = context_tokens
@@ -113,6 +116,7 @@ class Generator:
         self._hidden_size = ends.hidden_size
         self._row_bytes = ends.hidden_size * DTYPE_BYTES[dtype]
         self._find_route = find_route
+        self._release = release
         self._deadline_s = deadline_s
         self._links = Links(dial, self._on_results, self._on_failure, self._on_lost)
         self._decoder = Decoder(
@@ -171,6 +175,7 @@ class Generator:
                 yield Piece(text, turned.token)
         finally:
             del self._readers[session.id]
+            self._release(session.route)
             self._spawn(session.close())
 
     async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
@@ -190,6 +195,7 @@ class Generator:
                 yield await self._decoder.logits(await self._hear(reader, memoryview), len(chunk))
         finally:
             del self._readers[session.id]
+            self._release(session.route)
             self._spawn(session.close())
 
     async def close(self) -> None:
@@ -213,11 +219,15 @@ class Generator:
             try:
                 await session.open(self._deadline_s)
             except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
+                self._release(route)
                 tries, refusal = tries - 1, error
                 blamed = {error.peer} if error.peer is not None else {hop.peer for hop in route}
                 if tries == 0 or blamed <= avoid:
                     raise
                 avoid |= blamed
+            except BaseException:
+                self._release(route)
+                raise
             else:
                 return session
 

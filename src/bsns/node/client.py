@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -26,7 +27,9 @@ from bsns.model.ends import Ends
 from bsns.model.source import SMOLLM2, ModelSource, resolve
 from bsns.node.peer import Peer
 from bsns.node.view import NodeStatus, View
-from bsns.routing.chain import Route
+from bsns.planning.selection import Weights
+from bsns.protocol.tensors import DTYPE_BYTES
+from bsns.routing.chain import Aim, Route, Wish
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A user's message, or a conversation: messages with `role` and `content`."""
@@ -45,14 +48,21 @@ class Client:
         device: str = "cpu",
         threads: int = 1,
         deadline_s: float = 20.0,
+        objective: Aim = "latency",
+        weights: Weights | str | None = None,
     ) -> None:
-        """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm."""
+        """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
+
+        Routes are the fastest for one token, or with `objective="throughput"` those whose slowest stage is fastest, or
+        what `weights` pick (planning.selection): "cheap", "latency=1,price=0.5". Raises BadOption.
+        """
         self._invite = invite
         self._model = model
         self._dtype = dtype
         self._device = device
         self._threads = threads
         self._deadline_s = deadline_s
+        self._wish = Wish(objective, Weights.parse(weights) if isinstance(weights, str) else weights)
         self._peer: Peer | None = None
         self._owns_peer = True
         self._source: ModelSource | None = None
@@ -155,7 +165,8 @@ class Client:
             asyncio.to_thread(Ends, source.path, dtype=dtype, device=self._device),
             asyncio.to_thread(Prompts, source.path),
         )
-        self._view = view = View(self._peer.directory, source.model_id, dtype, source.block_count)
+        wish = replace(self._wish, hop_bytes=source.hidden_size * DTYPE_BYTES[dtype])
+        self._view = view = View(self._peer.directory, source.model_id, dtype, source.block_count, wish=wish)
 
         async def find_route(needed_tokens: int, avoid: Collection[PeerId]) -> Route:
             return await view.route(self.generator.links, needed_tokens, avoid)
@@ -170,6 +181,7 @@ class Client:
             context_tokens=source.context_tokens,
             threads=self._threads,
             deadline_s=self._deadline_s,
+            release=view.release,
         )
 
     async def _choose_dtype(self, view: View) -> str:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from bsns.client.links import Links
 from bsns.core.errors import BsnsError, MissingBlocks
 from bsns.core.ids import ModelId, PeerId
+from bsns.core.snapshot import Link as Way
+from bsns.core.snapshot import Snapshot
 from bsns.protocol.inference import Description
 from bsns.protocol.records import NodeRecord
-from bsns.routing.chain import Route, shortest_chain
+from bsns.routing.chain import Knowledge, Route, Wish, best_chain
+from bsns.routing.load import Loads
 from bsns.swarm.directory import Directory
+from bsns.swarm.snapshot import snapshot
 
 RECORDS_FRESH_S = 2.0
 ROUND_TRIP_FRESH_S = 30.0
@@ -41,12 +45,16 @@ class View:
         model: ModelId | None = None,
         dtype: str | None = None,
         block_count: int | None = None,
+        *,
+        wish: Wish | None = None,
     ) -> None:
         self._directory = directory
+        self._wish = wish
         self._wanted = (model, dtype, block_count)
         self._records: list[NodeRecord] = []
         self._read_s = -RECORDS_FRESH_S
-        self._round_trip_s: dict[PeerId, tuple[float, float]] = {}
+        self._round_trip_s: dict[PeerId, tuple[float | None, float]] = {}
+        self._loads = Loads()
 
     async def records(self) -> list[NodeRecord]:
         """The model's nodes, at most `RECORDS_FRESH_S` old."""
@@ -58,21 +66,50 @@ class View:
                 for r in records
                 if model in (None, r.model) and dtype in (None, r.dtype) and count in (None, r.block_count)
             ]
+            self._loads.see(self._records)
             self._read_s = time.monotonic()
         return self._records
 
+    def snapshot(self) -> Snapshot:
+        """The records last read, with our own round trips."""
+        now_s = time.monotonic()
+        client = {
+            peer: Way(rtt_s, age_s=now_s - measured_s)
+            for peer, (rtt_s, measured_s) in self._round_trip_s.items()
+            if rtt_s is not None
+        }
+        return snapshot(self._records, time.time(), client)
+
     async def route(self, links: Links, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
-        """The fastest chain with room for a session. Raises MissingBlocks, CacheFull."""
+        """The chain that serves the wish best, with room for a session. Raises MissingBlocks, CacheFull.
+
+        The session counts as open on its nodes until `release` is told that it has ended, or was not opened.
+        """
         if avoid:
             self._read_s = -RECORDS_FRESH_S  # somebody refused: what we know is out of date
         records = await self.records()
         if not records:
             raise MissingBlocks("no node of the swarm serves this model; start one with bsns serve MODEL --join INVITE")
         await self._measure(links, [record for record in records if record.peer not in avoid])
-        round_trip_s = {peer: rtt_s for peer, (rtt_s, _) in self._round_trip_s.items()}
-        return shortest_chain(
-            records, records[0].block_count, round_trip_s=round_trip_s, needed_tokens=needed_tokens, avoid=avoid
+        silent = {peer for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is None}
+        route = best_chain(
+            records,
+            records[0].block_count,
+            Knowledge(self.snapshot(), self.sessions(), silent),
+            needed_tokens=needed_tokens,
+            avoid=avoid,
+            wish=self._wish,
         )
+        self._loads.add([hop.peer for hop in route])
+        return route
+
+    def release(self, route: Route) -> None:
+        """A session on a route that `route` gave has ended."""
+        self._loads.remove([hop.peer for hop in route])
+
+    def sessions(self) -> Mapping[PeerId, int]:
+        """Open sessions by node: those that records tell of, and our own."""
+        return self._loads.sessions()
 
     async def status(self, links: Links) -> list[NodeStatus]:
         """Every node's record beside what it answers now."""
@@ -88,13 +125,13 @@ class View:
     async def _measure(self, links: Links, records: list[NodeRecord]) -> None:
         """Ping the nodes whose round trip is unknown or old; one that does not answer is left for the route to find."""
         now_s = time.monotonic()
-        due = [r for r in records if now_s - self._round_trip_s.get(r.peer, (0.0, -1e9))[1] > ROUND_TRIP_FRESH_S]
+        due = [r for r in records if now_s - self._round_trip_s.get(r.peer, (None, -1e9))[1] > ROUND_TRIP_FRESH_S]
 
         async def ping(record: NodeRecord) -> None:
             try:
                 rtt_s = await (await links.to(record.peer, record.addresses)).ping()
             except BsnsError:
-                self._round_trip_s[record.peer] = (10.0, now_s)  # far away, but not forgotten
+                self._round_trip_s[record.peer] = (None, now_s)
             else:
                 self._round_trip_s[record.peer] = (rtt_s, now_s)
 

@@ -1,25 +1,36 @@
-"""Chains: the fastest way of one token through nodes that together hold every block."""
+"""Chains: the best way of one token through nodes that together hold every block."""
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count, groupby
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import numpy as np
 
 from bsns.core.blocks import BlockRange, missing_blocks
-from bsns.core.errors import CacheFull, MissingBlocks
+from bsns.core.errors import BadOption, CacheFull, MissingBlocks
 from bsns.core.ids import PeerId
+from bsns.core.snapshot import NodeView, Snapshot
+from bsns.planning.problem import Chain, ChainProblem, Floats
+from bsns.planning.selection import Traits, Weights, held_reach, select, weighted_ways
+from bsns.planning.walks import Cost, Ints, Ways
+from bsns.protocol.inference import MAX_DEPTH
 from bsns.protocol.records import NodeRecord
+from bsns.routing.load import slowdown
+from bsns.routing.widest import fastest_chain, widest_chain
 
 DEFAULT_LATENCY_S = 0.001
 """One way to a peer nobody has measured."""
+SILENT_S = 5.0
+"""What is added to every way to a peer that did not answer: far away, but not forgotten."""
 
 # Costs are whole picoseconds, so that equal ones compare equal whatever the order in which they were summed.
 _PER_SECOND = 10**12
-# How many cases to look at: beyond any real swarm's need, and a bound on what contrived records can cost.
-_MAX_CASES = 200
+
+Aim = Literal["latency", "throughput"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,149 +45,136 @@ class Hop:
 Route = tuple[Hop, ...]
 
 
-def shortest_chain(
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a route is chosen by: `weights` if there are any, else the exact chain of least latency or most throughput.
+
+    Raises BadOption for an aim that there is not, or for both.
+    """
+
+    aim: Aim = "latency"
+    weights: Weights | None = None
+    hop_bytes: int = 0
+    """What one token's activations take on a way."""
+
+    def __post_init__(self) -> None:
+        if self.aim not in ("latency", "throughput"):
+            raise BadOption(f"there is no objective {self.aim!r}; use latency or throughput")
+        if self.weights is not None and self.aim != "latency":
+            raise BadOption("give either weights or an objective: weights say themselves what is wanted")
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What is known beside the records: measured ways, open sessions of each node, and who did not answer."""
+
+    snapshot: Snapshot
+    sessions: Mapping[PeerId, int] = field(default_factory=lambda: MappingProxyType({}))
+    silent: Collection[PeerId] = ()
+
+
+def best_chain(
     records: Sequence[NodeRecord],
     block_count: int,
+    known: Knowledge,
     *,
-    round_trip_s: Mapping[PeerId, float],
     needed_tokens: int,
     avoid: Collection[PeerId] = (),
+    wish: Wish | None = None,
 ) -> Route:
-    """The chain over blocks 0:block_count that takes one token least time, each node used once.
+    """The chain over blocks 0:block_count that serves the wish best, each node used once, at most MAX_DEPTH of them.
 
-    Time is Σ blocks · block_time_s plus, for each hop, half the round trip to its peer. Ties go to fewer hops, then to
-    more cache left on the fullest node. Nodes take part that serve, are not avoided and have room for
-    `needed_tokens`. Exact, unless some 70 splits around nodes that a walk comes back to do not settle it; then the
-    best chain found. Raises MissingBlocks, or CacheFull if only room is missing.
+    A stage takes Σ blocks · block_time_s, more on a busy node (routing.load), and the way in; then there is the way
+    back to the client. Ways are measured ones; where nodes have not measured theirs, half the client's round trip to
+    the one that receives, or DEFAULT_LATENCY_S. Ties of latency go to fewer hops, then to more cache left on the
+    fullest node. Nodes take part that serve, are not avoided, have room for `needed_tokens`, and are attested if the
+    weights say so. Exact, unless some 70 splits around nodes that a walk comes back to do not settle it; then the best
+    chain found. Raises MissingBlocks, or CacheFull if only room is missing.
     """
-    nodes = {r.peer: r for r in records if r.state == "serving" and r.peer not in avoid and _timed(r)}
-    roomy = [r for r in nodes.values() if r.cache_tokens_left >= needed_tokens]
-    if missing_blocks((r.blocks for r in roomy), block_count):
-        raise _why_not(records, list(nodes.values()), roomy, block_count, needed_tokens)
-    latencies = {r.peer: _picoseconds(_latency_s(round_trip_s.get(r.peer))) for r in roomy}
-    # A walk may come back to a node it has left (it is faster for the blocks between), but a session is on a node
-    # once. So the best walk is split into cases until one is a chain: around a block in such a gap, the node works
-    # only before it, only after it, or is the one that computes it.
-    whole = {r.peer: (r.start, min(r.end, block_count)) for r in roomy}
-    held = {r.peer: r for r in roomy}
-    order = count()
-    cases = [_case(next(order), roomy, block_count, latencies, whole, {})]
-    best = _straightened(cases[0][2])
-    while cases:
-        cost, number, walk, ranges, pinned = heapq.heappop(cases)
-        hops = _hops(walk)
-        best = min(best, _straightened(walk), key=lambda chain: _cost(chain, held, latencies))
-        again = _revisited(hops)
-        if again is None or number > _MAX_CASES or cost >= _cost(best, held, latencies):
-            break
-        peer, gap = again
-        start, end = ranges[peer]
-        for narrowed, fixed in (
-            (ranges | {peer: (start, gap)}, pinned),
-            (ranges | {peer: (gap + 1, end)}, pinned),
-            (ranges, pinned | {gap: peer}),
-        ):
-            case = _case(next(order), roomy, block_count, latencies, narrowed, fixed)
-            if case[2]:
-                heapq.heappush(cases, case)
-    return tuple(Hop(peer, blocks, held[peer].addresses) for peer, blocks in best)
+    wish = wish or Wish()
+    views = {node.peer: node for node in known.snapshot.nodes}
+    only_attested = wish.weights is not None and wish.weights.attested_only
+    nodes = [
+        r
+        for r in {r.peer: r for r in records}.values()
+        if r.state == "serving"
+        and r.peer not in avoid
+        and _timed(r)
+        and not (only_attested and not (r.peer in views and views[r.peer].attested))
+    ]
+    roomy = [r for r in nodes if r.cache_tokens_left >= needed_tokens]
+    if missing_blocks((blocks for r in roomy for blocks in r.ranges), block_count):
+        raise _why_not(records, nodes, roomy, block_count, needed_tokens, only_attested)
+    problem = _problem(roomy, block_count, known, wish.hop_bytes)
+    reach_NL = held_reach([r.ranges for r in roomy], block_count)
+    if wish.weights is not None:
+        chosen = [views.get(r.peer) or _unseen(r) for r in roomy]
+        traits = Traits.of(chosen)
+        chain = select(problem, wish.weights, traits=traits, reach_NL=reach_NL)
+        if chain is None or len(chain) > MAX_DEPTH:  # the picks led astray
+            ways = weighted_ways(problem, wish.weights, traits, reach_NL)
+            chain = _chain(fastest_chain(ways, MAX_DEPTH))
+    else:
+        ways = _ways(problem, reach_NL, [r.cache_tokens_left for r in roomy])
+        chain = _chain((fastest_chain if wish.aim == "latency" else widest_chain)(ways, MAX_DEPTH))
+    if chain is None:
+        raise MissingBlocks(
+            f"all blocks are served, but no chain covers 0:{block_count} with each node used once and at most "
+            f"{MAX_DEPTH} nodes; add a node"
+        )
+    return tuple(Hop(roomy[n].peer, BlockRange(start, end), roomy[n].addresses) for n, start, end in chain)
 
 
-_Chain = list[tuple[PeerId, BlockRange]]
-_Cost = tuple[int, int, int]
-"""Picoseconds, hops, and the least cache left on the way, negated: less is better in each."""
-_Ranges = dict[PeerId, tuple[int, int]]
-_Case = tuple[_Cost, int, list[PeerId], _Ranges, dict[int, PeerId]]
+def _chain(found: tuple[Cost, Chain] | None) -> Chain | None:
+    return found and found[1]
 
 
-def _case(
-    number: int,
-    nodes: Sequence[NodeRecord],
-    block_count: int,
-    latencies: Mapping[PeerId, int],
-    ranges: _Ranges,
-    pinned: dict[int, PeerId],
-) -> _Case:
-    """The best walk within `ranges` and `pinned` (who must compute a block), as the peer of each block; [] if none."""
-    # For each node that computed the block before: the best walk that ends there, as links back.
-    reached: dict[PeerId, tuple[_Cost, object]] = {}
-    done: tuple[_Cost, object] | None = ((0, 0, -(2**63)), None)
-    for block in range(block_count):
-        ahead: dict[PeerId, tuple[_Cost, object]] = {}
-        for node in nodes:
-            start, end = ranges[node.peer]
-            if not start <= block < end or pinned.get(block, node.peer) != node.peer:
-                continue
-            work = _picoseconds(node.block_time_s)
-            options: list[tuple[_Cost, object]] = []
-            if done is not None:
-                (spent, hops, room), back = done
-                entered = (spent + latencies[node.peer] + work, hops + 1, max(room, -node.cache_tokens_left))
-                options.append((entered, (node.peer, back)))
-            if node.peer in reached:
-                (spent, hops, room), back = reached[node.peer]
-                options.append(((spent + work, hops, room), (node.peer, back)))
-            if options:
-                ahead[node.peer] = min(options, key=lambda option: option[0])
-        reached = ahead
-        done = min(ahead.values(), key=lambda option: option[0], default=None)
-        if done is None:
-            return (0, 0, 0), number, [], ranges, pinned
-    assert done is not None
-    return done[0], number, list(_unlinked(done[1]))[::-1], ranges, pinned
+def _problem(nodes: Sequence[NodeRecord], block_count: int, known: Knowledge, hop_bytes: int) -> ChainProblem:
+    """The nodes and the ways between them, in seconds; nothing is said of memory, as they hold their blocks already."""
+    client = {peer: link.transfer_s(hop_bytes) for peer, link in known.snapshot.client.items()}
+    ends_N = np.array([client.get(r.peer, DEFAULT_LATENCY_S) for r in nodes])
+    hop_NN = np.tile(ends_N, (len(nodes), 1))
+    index = {r.peer: number for number, r in enumerate(nodes)}
+    for (one, other), link in known.snapshot.links.items():
+        a, b = index.get(one), index.get(other)
+        if a is not None and b is not None:
+            hop_NN[a, b] = hop_NN[b, a] = link.transfer_s(hop_bytes)
+    late_N = np.array([SILENT_S if r.peer in known.silent else 0.0 for r in nodes])
+    return ChainProblem(
+        work_L=np.ones(block_count),
+        bytes_L=np.zeros(block_count),
+        time_N=np.array([r.block_time_s * slowdown(known.sessions.get(r.peer, 0)) for r in nodes]),
+        memory_N=np.full(len(nodes), math.inf),
+        hop_NN=hop_NN + late_N,
+        entry_N=ends_N + late_N,
+        exit_N=ends_N,
+        client_s=0.0,
+        peers=tuple(r.peer for r in nodes),
+    )
 
 
-def _unlinked(link: object) -> Iterator[PeerId]:
-    while isinstance(link, tuple):
-        yield link[0]
-        link = link[1]
+def _ways(problem: ChainProblem, reach_NL: Ints, cache_left: Sequence[int]) -> Ways:
+    return Ways(
+        np.repeat(_picoseconds(problem.time_N)[:, None], problem.block_count, axis=1),
+        _picoseconds(problem.hop_NN),
+        _picoseconds(problem.entry_N),
+        _picoseconds(problem.exit_N),
+        reach_NL,
+        -np.array(cache_left, np.int64),
+    )
 
 
-def _hops(walk: Sequence[PeerId]) -> _Chain:
-    """The hops of a walk given as the peer of each block."""
-    hops: _Chain = []
-    for peer, run in groupby(range(len(walk)), key=lambda block: walk[block]):
-        blocks = list(run)
-        hops.append((peer, BlockRange(blocks[0], blocks[-1] + 1)))
-    return hops
+def _picoseconds(times_s: Floats) -> Ints:
+    return np.asarray(np.rint(np.minimum(times_s, 1e6) * _PER_SECOND), np.int64)
 
 
-def _straightened(walk: Sequence[PeerId]) -> _Chain:
-    """A chain made of a walk: a node it comes back to keeps what lies between, which its range covers."""
-    straight = list(walk)
-    block = 0
-    while block < len(straight):
-        last = len(straight) - 1 - straight[::-1].index(straight[block])
-        straight[block : last + 1] = [straight[block]] * (last + 1 - block)
-        block = last + 1
-    return _hops(straight)
-
-
-def _cost(chain: _Chain, held: Mapping[PeerId, NodeRecord], latencies: Mapping[PeerId, int]) -> _Cost:
-    spent = sum(latencies[peer] + len(blocks) * _picoseconds(held[peer].block_time_s) for peer, blocks in chain)
-    return spent, len(chain), -min(held[peer].cache_tokens_left for peer, _ in chain)
-
-
-def _revisited(hops: Sequence[tuple[PeerId, BlockRange]]) -> tuple[PeerId, int] | None:
-    """A node that a walk comes back to, and the first block after it first left."""
-    left: dict[PeerId, int] = {}
-    for peer, blocks in hops:
-        if peer in left:
-            return peer, left[peer]
-        left[peer] = blocks.end
-    return None
+def _unseen(record: NodeRecord) -> NodeView:
+    """A node that the snapshot leaves out, for it does not say yet how fast it is."""
+    return NodeView(record.peer, record.block_time_s, record.memory_bytes, price=record.price)
 
 
 def _timed(record: NodeRecord) -> bool:
     return math.isfinite(record.block_time_s) and record.block_time_s >= 0
-
-
-def _latency_s(round_trip_s: float | None) -> float:
-    return DEFAULT_LATENCY_S if round_trip_s is None else round_trip_s / 2
-
-
-def _picoseconds(time_s: float) -> int:
-    return round(time_s * _PER_SECOND)
 
 
 def _why_not(
@@ -185,26 +183,32 @@ def _why_not(
     roomy: Sequence[NodeRecord],
     block_count: int,
     needed_tokens: int,
+    only_attested: bool,
 ) -> MissingBlocks | CacheFull:
-    gaps = missing_blocks((r.blocks for r in nodes), block_count)
+    gaps = missing_blocks((blocks for r in nodes for blocks in r.ranges), block_count)
     if gaps:
-        absent = [r for r in records if r not in nodes and any(_meet(r.blocks, gap) for gap in gaps)]
-        others = "; ".join(f"{r.peer} has {r.blocks} and is {_standing(r)}" for r in absent)
+        absent = [r for r in records if r not in nodes and _meet(r, gaps)]
+        others = "; ".join(f"{r.peer} has {_ranges(r)} and is {_standing(r, only_attested)}" for r in absent)
+        kind = "attested node" if only_attested else "node"
         return MissingBlocks(
-            f"no node serves blocks {', '.join(map(str, gaps))}" + (f" ({others})" if others else "; add a node")
+            f"no {kind} serves blocks {', '.join(map(str, gaps))}" + (f" ({others})" if others else f"; add a {kind}")
         )
-    gaps = missing_blocks((r.blocks for r in roomy), block_count)
+    gaps = missing_blocks((blocks for r in roomy for blocks in r.ranges), block_count)
     left = ", ".join(
-        f"{r.cache_tokens_left} left on {r.peer} ({r.blocks})"
-        for r in nodes
-        if r not in roomy and any(_meet(r.blocks, gap) for gap in gaps)
+        f"{r.cache_tokens_left} left on {r.peer} ({_ranges(r)})" for r in nodes if r not in roomy and _meet(r, gaps)
     )
     return CacheFull(f"the session needs {needed_tokens} tokens of cache on blocks {', '.join(map(str, gaps))}: {left}")
 
 
-def _meet(one: BlockRange, other: BlockRange) -> bool:
-    return one.start < other.end and other.start < one.end
+def _meet(record: NodeRecord, gaps: Sequence[BlockRange]) -> bool:
+    return any(blocks.start < gap.end and gap.start < blocks.end for blocks in record.ranges for gap in gaps)
 
 
-def _standing(record: NodeRecord) -> str:
-    return record.state if record.state != "serving" else "set aside"
+def _ranges(record: NodeRecord) -> str:
+    return ", ".join(map(str, record.ranges))
+
+
+def _standing(record: NodeRecord, only_attested: bool) -> str:
+    if record.state != "serving":
+        return record.state
+    return "not attested, or set aside" if only_attested else "set aside"

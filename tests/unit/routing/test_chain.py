@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ import pytest
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import CacheFull, MissingBlocks
 from bsns.core.ids import ModelId, PeerId
+from bsns.core.snapshot import Link, pair
 from bsns.protocol.records import NodeRecord
-from bsns.routing.chain import Hop, Route, shortest_chain
+from bsns.routing.chain import Hop, Knowledge, Route, Wish, best_chain
+from bsns.swarm.snapshot import snapshot
 
 FIELDS: dict[str, Any] = {
     "addresses": ("/ip4/127.0.0.1/tcp/1",),
@@ -36,10 +40,25 @@ def record(peer: str, start: int, end: int, **fields: Any) -> NodeRecord:
     return NodeRecord(**(FIELDS | {"peer": PeerId(peer), "start": start, "end": end} | fields))
 
 
-def chain(*records: NodeRecord, needed: int = 10, rtt: dict[str, float] | None = None, avoid: str = "") -> Route:
-    round_trips = {PeerId(peer): time_s for peer, time_s in (rtt or {}).items()}
+def known(
+    records: Sequence[NodeRecord], rtt: Mapping[str, float] | None = None, links: Mapping[str, float] | None = None
+) -> Knowledge:
+    """What a client knows that measured round trips to nodes, and nodes theirs to each other ("ab")."""
+    ways = {pair(PeerId(key[0]), PeerId(key[1])): Link(time_s) for key, time_s in (links or {}).items()}
+    client = {PeerId(peer): Link(time_s) for peer, time_s in (rtt or {}).items()}
+    return Knowledge(replace(snapshot(records, 0.0), links=ways, client=client))
+
+
+def chain(
+    *records: NodeRecord,
+    needed: int = 10,
+    rtt: dict[str, float] | None = None,
+    links: dict[str, float] | None = None,
+    avoid: str = "",
+    wish: Wish | None = None,
+) -> Route:
     avoided = {PeerId(peer) for peer in avoid}
-    return shortest_chain(records, 6, round_trip_s=round_trips, needed_tokens=needed, avoid=avoided)
+    return best_chain(records, 6, known(records, rtt, links), needed_tokens=needed, avoid=avoided, wish=wish)
 
 
 def walk(route: Route) -> list[tuple[str, str]]:
@@ -63,7 +82,8 @@ def test_latency_decides() -> None:
 
 def test_ties_go_to_fewer_hops_then_more_cache() -> None:
     halves = (record("a", 0, 3), record("b", 3, 6))
-    assert walk(chain(*halves, record("c", 0, 6), rtt={"c": 0.004})) == [("c", "0:6")]
+    assert walk(chain(*halves, record("c", 0, 6), rtt={"c": 0.003})) == [("c", "0:6")]
+    assert walk(chain(*halves, record("c", 0, 6), rtt={"c": 0.003001})) == [("a", "0:3"), ("b", "3:6")]
     assert walk(chain(record("a", 0, 6, cache_tokens_left=50), record("b", 0, 6))) == [("b", "0:6")]
     assert walk(chain(record("a", 0, 6), record("b", 0, 6, cache_tokens_left=50))) == [("a", "0:6")]
 
@@ -112,6 +132,7 @@ def test_contrived_records_still_give_a_chain() -> None:
     # Three slow nodes with everything and eight fast islands: the walks that come back are thousands.
     slow = [record(f"s{n}", 0, 80, block_time_s=0.01 + n / 1000) for n in range(3)]
     islands = [record(f"i{n}", 10 * n, 10 * n + 6) for n in range(8)]
-    route = shortest_chain([*slow, *islands], 80, round_trip_s={}, needed_tokens=1)
+    records = [*slow, *islands]
+    route = best_chain(records, 80, known(records), needed_tokens=1)
     assert [block for hop in route for block in hop.blocks] == list(range(80))
     assert len({hop.peer for hop in route}) == len(route) == 6

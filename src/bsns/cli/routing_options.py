@@ -1,0 +1,21 @@
+"""What a user may ask of the route, as `generate` and `chat` share it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+Objective = Annotated[
+    Literal["latency", "throughput"],
+    typer.Option("--objective", help="What routes are chosen for: one token's time, or that of the slowest stage."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="TEXT",
+        help="Choose nodes by weights instead: fast, cheap, trusted or attested-only, and what differs from it, such "
+        "as cheap,latency=2. Weights: work, latency, memory, reputation, price, lookahead.",
+    ),
+]
