@@ -58,21 +58,24 @@ def _best_way(
     problem: ChainProblem, stages: Mapping[tuple[int, int], Mapping[int, float]], objective: Objective, shared: bool
 ) -> Cost:
     client = Cost(problem.client_s, problem.client_s)
-    reached: defaultdict[int, dict[int, Cost]] = defaultdict(dict)  # cut → last node → best way there
+    # cut → last node → the best way there, and the nodes on it: a session is on a node once
+    reached: defaultdict[int, dict[int, tuple[Cost, frozenset[int]]]] = defaultdict(dict)
     for start, end in sorted(stages, key=lambda stage: (stage[1], stage[0])):
         holders = stages[start, end]
         work = float(problem.work_L[start:end].sum())
-        for last, way in [(-1, client)] if start == 0 else list(reached[start].items()):
+        begun = {-1: (client, frozenset[int]())} if start == 0 else dict(reached[start])
+        for last, (way, used) in begun.items():
             way_in_N = problem.entry_N if last < 0 else problem.hop_NN[last]
             seconds = {node: work * float(problem.time_N[node]) + float(way_in_N[node]) for node in holders}
             rates = [math.inf if one_s == 0 else holders[node] / one_s for node, one_s in seconds.items()]
             for node, one_s in seconds.items():
                 slowest_s = max(way.bottleneck_s, 1 / sum(rates) if shared else one_s)
                 cost = Cost(slowest_s, way.latency_s + one_s)
-                if cost.value(objective) < reached[end].get(node, NOTHING).value(objective):
-                    reached[end][node] = cost
+                known = reached[end].get(node)
+                if node not in used and (known is None or cost.value(objective) < known[0].value(objective)):
+                    reached[end][node] = cost, used | {node}
     ends: list[Cost] = []
-    for node, way in reached[problem.block_count].items():
+    for node, (way, _) in reached[problem.block_count].items():
         back_s = float(problem.exit_N[node])
         ends.append(Cost(max(way.bottleneck_s, back_s + problem.client_s), way.latency_s + back_s))
     return min(ends, key=lambda cost: cost.value(objective), default=NOTHING)
