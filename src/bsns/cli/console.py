@@ -324,7 +324,10 @@ def _quiet_logs() -> None:
     """Our own log at BSNS_LOG (default: warning), on standard error; libraries only when they warn."""
     level = logging.getLevelNamesMapping().get(os.environ.get("BSNS_LOG", "").upper(), logging.WARNING)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    # The usual renderer prints every frame's variables with a traceback: keys and invites would be among them.
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
+        processors=[*structlog.get_config()["processors"][:-1], plain],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )

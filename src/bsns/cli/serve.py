@@ -74,6 +74,7 @@ def serve(
         bool, typer.Option("--orchestrate/--no-orchestrate", help="Stand for election as orchestrator, or only follow.")
     ] = True,
     first_blocks: Annotated[str | None, typer.Option("--first-blocks", metavar="START:END", hidden=True)] = None,
+    most_blocks: Annotated[int | None, typer.Option("--most-blocks", metavar="N", min=1, hidden=True)] = None,
     lease_s: Annotated[float, typer.Option("--lease-s", metavar="SECONDS", hidden=True)] = LEASE_S,
     as_json: JsonFlag = False,
     leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
@@ -133,6 +134,7 @@ def serve(
                     orchestrate=orchestrate,
                     objective=objective,
                     lease_s=lease_s,
+                    most_blocks=most_blocks,
                 )
                 peer = await (
                     Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public)

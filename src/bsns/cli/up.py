@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import statistics
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from bsns.core.errors import BadOption
 if TYPE_CHECKING:
     from bsns.client.generate import Stats
     from bsns.client.sampling import SamplingOptions
+    from bsns.model.source import ModelSource
     from bsns.node.client import Client
     from bsns.node.local import LocalSwarm
     from bsns.node.view import NodeStatus
@@ -89,23 +91,33 @@ def up(
                     dtype=dtype,
                     device=device,
                     threads=threads,
+                    movable=True,
                     told=lambda number, what: say(f"node {number + 1} · {what}", line=number + 1),
                 )
                 await swarm.__aenter__()
                 stack.push_async_callback(_take_down, swarm, quiet=as_json)
                 say("opening the model's ends")
                 client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=dtype))
+                say("measuring")
+                forecast = await _forecast(client, source)
             if not as_json:
                 err.print(f"[green]{nodes} {_nodes(nodes)} serve{'s' * (nodes == 1)} {source.name}[/]", highlight=False)
+                if forecast.alone > forecast.together:
+                    err.print(
+                        f"one node alone would answer a single stream faster: predicted {forecast.alone:.1f} tokens/s, "
+                        f"against {forecast.together:.1f} with {nodes} nodes; cut models that do not fit one",
+                        style="yellow",
+                        highlight=False,
+                    )
             if chat:
                 from bsns.cli.chat import converse
 
                 await converse(client, options)
             elif prompt is not None:
-                await answer(client, prompt, options, raw=raw, as_json=as_json)
+                await answer(client, prompt, options, raw=raw, as_json=as_json, forecast=forecast)
             else:
                 if as_json:
-                    emit({"event": "serving", "invite": swarm.peer.invite})
+                    emit({"event": "serving", "invite": swarm.peer.invite} | forecast.as_dict())
                 else:
                     out.print("Use it from another terminal (Ctrl-C ends the swarm):")
                     out.print(
@@ -114,6 +126,31 @@ def up(
                 raise await swarm.lost()
 
     run(verb(), as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Predicted tokens per second of one stream: over the nodes there are, and over one that held all the blocks."""
+
+    together: float
+    alone: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"predicted_tokens_per_s": round(self.together, 2), "one_node_tokens_per_s": round(self.alone, 2)}
+
+
+async def _forecast(client: Client, source: ModelSource) -> Forecast:
+    """Predict from what the nodes say of themselves, and from a few tokens that tell the client's own share."""
+    from bsns.model.shapes import shape_of
+    from bsns.node.trial import alone_tokens_per_s, predicted_tokens_per_s, try_out
+
+    trial = await try_out(client, tokens=4)
+    snapshot = client.view.snapshot()
+    shape = shape_of(source, snapshot.nodes[0].dtype)
+    together = predicted_tokens_per_s(trial.route, snapshot, shape, trial.client_s)
+    return Forecast(
+        together if together is not None else trial.tokens_per_s, alone_tokens_per_s(snapshot, shape, trial.client_s)
+    )
 
 
 async def _take_down(swarm: LocalSwarm, *, quiet: bool) -> None:
@@ -131,7 +168,15 @@ def check_prompt(text: str) -> None:
         raise BadOption('the prompt is empty; say something, for example --prompt "Name three rivers."')
 
 
-async def answer(client: Client, prompt: str, options: SamplingOptions, *, raw: bool, as_json: bool) -> None:
+async def answer(
+    client: Client,
+    prompt: str,
+    options: SamplingOptions,
+    *,
+    raw: bool,
+    as_json: bool,
+    forecast: Forecast | None = None,
+) -> None:
     """Stream one answer and report what it cost."""
     from bsns.client.generate import Stats
 
@@ -148,7 +193,7 @@ async def answer(client: Client, prompt: str, options: SamplingOptions, *, raw: 
             out.print()
     nodes = in_block_order(await client.status())
     if as_json:
-        emit(report(text, finished, stats, nodes))
+        emit(report(text, finished, stats, nodes) | (forecast.as_dict() if forecast else {}))
         return
     err.print()
     err.print(table(stats, nodes))

@@ -41,6 +41,8 @@ class ServeOptions:
     objective: str = "throughput"
     """What to plan for when elected: see core.plan.Objective."""
     lease_s: float = LEASE_S
+    most_blocks: int | None = None
+    """How many blocks planners may give the node, whatever its memory holds."""
 
     @property
     def follows(self) -> bool:
@@ -61,6 +63,8 @@ class Room:
     least_tokens: int
     """What the node has to promise whatever it holds."""
     most_tokens: int
+    most_blocks: int | None = None
+    """How many blocks the node lets planners give it, whatever it has room for."""
 
     def cache_tokens(self, ranges: Iterable[BlockRange], reserved: int = 0) -> int | None:
         """The tokens of cache to promise beside these ranges' weights; None if what has to be promised does not fit.
@@ -79,7 +83,10 @@ class Room:
         """
         block_bytes = sum(self.block_bytes) / len(self.block_bytes)
         reckoned, real = (block_bytes + self.kv_bytes * promise for promise in (tokens, self.least_tokens))
-        return int(self.usable_bytes * min(1.0, reckoned / real))
+        plannable_bytes = int(self.usable_bytes * min(1.0, reckoned / real))
+        if self.most_blocks is None:
+            return plannable_bytes
+        return min(plannable_bytes, self.most_blocks * (max(self.block_bytes) + self.kv_bytes * tokens))
 
 
 def choose_device(device: str) -> str:
@@ -176,4 +183,5 @@ def room_of(
         cache_bytes=cache_bytes if options.memory_bytes is None else usable_bytes(options),
         least_tokens=options.cache_tokens or least_cache_tokens(source),
         most_tokens=options.cache_tokens or CACHE_SESSIONS * max(source.context_tokens // 4, 1),
+        most_blocks=options.most_blocks,
     )

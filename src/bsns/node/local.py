@@ -34,12 +34,19 @@ class LocalSwarm:
         dtype: str = "auto",
         device: str = "auto",
         threads: int = 1,
+        movable: bool = False,
         told: Told = lambda number, what: None,
     ) -> None:
+        """`movable` nodes begin with their ranges and go where the orchestrator plans them; others stay.
+
+        A movable node may be given hardly more than its share of the blocks, so that the swarm stays one of many nodes:
+        they are processes of one machine, and whatever a planner thinks, all of them together are no faster than it.
+        """
         self._model = model
         self._ranges = ranges
         self._arguments = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
         self._threads = threads
+        self._movable = movable
         self._told = told
         self._processes: list[asyncio.subprocess.Process] = []
         self._peer: Peer | None = None
@@ -102,12 +109,17 @@ class LocalSwarm:
         self._told(number, f"blocks {blocks}: starting")
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "bsns.cli.main", "serve"),
-            *("--blocks", str(blocks), "--json", "--leashed", str(os.getpid()), *self._arguments, "--", self._model),
+            *("--json", "--leashed", str(os.getpid()), *self._arguments, *self._place(blocks), "--", self._model),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"BSNS_INVITE": self.peer.invite, "OMP_NUM_THREADS": str(self._threads)},
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
+
+    def _place(self, blocks: BlockRange) -> list[str]:
+        if not self._movable:
+            return ["--blocks", str(blocks)]
+        return ["--first-blocks", str(blocks), "--most-blocks", str(max(map(len, self._ranges)) + 1)]
 
     async def _until_serving(self, number: int) -> None:
         process, name = self._processes[number], f"node {number + 1}"

@@ -35,6 +35,13 @@ async def try_out(client: Client, *, tokens: int = 32) -> Trial:
     return Trial(stats.tokens_per_s, client_s, stats.route)
 
 
+def alone_tokens_per_s(snapshot: Snapshot, shape: ModelShape, client_s: float) -> float:
+    """What it says of the best single node of the snapshot holding the whole model, whether that fits it or not."""
+    problem = chain_problem(snapshot, shape, client_s=client_s)
+    latency_N = problem.entry_N + problem.work_L.sum() * problem.time_N + problem.exit_N + client_s
+    return float(1 / latency_N.min())
+
+
 def predicted_tokens_per_s(route: Route, snapshot: Snapshot, shape: ModelShape, client_s: float) -> float | None:
     """What the planner's model of cost says of a route; None if the snapshot lacks one of its nodes."""
     numbers = {node.peer: number for number, node in enumerate(snapshot.nodes)}
