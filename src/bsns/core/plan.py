@@ -10,6 +10,9 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.ids import ModelId, PeerId
 
+ROWS_PER_BLOCK_TIME = 4
+"""How many further rows of a batch add about as much as the first, roughly: weights are read once for all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -101,5 +104,18 @@ class Plan:
         return {peer: stage.blocks for stage in self.stages for peer in stage.peers}
 
     def tokens_per_s(self, streams: int = 1) -> float:
-        """Predicted speed of so many streams together, each stage taking one token at a time."""
-        return min(streams / self.latency_s, 1 / self.bottleneck_s)
+        """Predicted speed of so many streams together, on nodes that do nothing else.
+
+        As nodes work (worker.batching): sending goes on while they compute, so that computing alone can hold a stage
+        up; where steps have to wait they run together, up to ⌈streams / stages⌉ of them, which makes the batch longer
+        and the stage's work per token less. Replicas are taken to be as fast as the stage's node.
+        """
+        computing_s = sum(stage.compute_s for stage in self.stages)
+        slowest_s = max((stage.compute_s / len(stage.peers) for stage in self.stages), default=0.0)
+        best = 0.0
+        for rows in range(1, -(-streams // max(len(self.stages), 1)) + 1):
+            further = (rows - 1) / ROWS_PER_BLOCK_TIME
+            arriving = streams / (self.latency_s + computing_s * further)
+            served = rows / (slowest_s * (1 + further)) if slowest_s > 0 else math.inf
+            best = max(best, min(arriving, served))
+        return best

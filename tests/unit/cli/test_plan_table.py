@@ -54,7 +54,7 @@ def test_people_are_told_everything(capsys: pytest.CaptureFixture[str], monkeypa
     said = capsys.readouterr().out
     for words in (
         "80.0 tokens/s with one stream",
-        "125.0 with 2",
+        "160.0 with 2",
         "at most 25.0% from the best possible",
         "2.00 × the cost",
         "breaks a node's memory",
@@ -75,7 +75,7 @@ def test_programs_are_told_the_same() -> None:
     value = json.loads(json.dumps(as_dict(PLAN, None)))
     assert value["stages"][0]["range"] == "0:3"
     assert value["stages"][0]["replicas"] == [PEERS[2]]
-    assert value["tokens_per_s"] == {"1": pytest.approx(80), "2": pytest.approx(125)}
+    assert value["tokens_per_s"] == {"1": pytest.approx(80), "2": pytest.approx(160)}
     assert value["alternatives"][2] == {
         "name": "memory-proportional",
         "bottleneck_ms": None,

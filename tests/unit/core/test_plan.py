@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.ids import ModelId, PeerId
-from bsns.core.plan import Objective, Plan, PlannedStage
+from bsns.core.plan import ROWS_PER_BLOCK_TIME, Objective, Plan, PlannedStage
+from bsns.worker import service
 
 A, B, C = (PeerId(name) for name in "abc")
 
@@ -37,4 +39,36 @@ def test_a_plan_says_who_holds_what_and_how_fast_it_will_be() -> None:
     assert plan.assignments == {A: BlockRange(0, 2), C: BlockRange(0, 2), B: BlockRange(2, 3)}
     assert plan.value == 0.03
     assert plan.tokens_per_s() == pytest.approx(20)
-    assert plan.tokens_per_s(streams=100) == pytest.approx(1 / 0.03)
+
+
+def chain(*compute_s: float, hop_s: float, replicas: tuple[PeerId, ...] = ()) -> Plan:
+    stages = tuple(
+        PlannedStage(BlockRange(n, n + 1), PeerId(f"node {n}"), one_s, hop_s, replicas)
+        for n, one_s in enumerate(compute_s)
+    )
+    latency_s = sum(compute_s) + hop_s * (len(stages) + 1)
+    return Plan(ModelId("m"), "m", 9, Objective(), stages, (), max(compute_s) + hop_s, latency_s, 0.0, 0.0, "by hand")
+
+
+@pytest.mark.parametrize(
+    ("plan", "streams", "tokens_per_s"),
+    [
+        (chain(0.02, 0.02, hop_s=0.02), 1, 1 / 0.1),
+        (chain(0.02, 0.02, hop_s=0.02), 2, 2 / 0.1),  # on their way at the same time, never in each other's
+        (chain(0.03, 0.01, hop_s=0.01), 2, 2 / 0.07),
+        (chain(0.05, 0.01, hop_s=0.0), 2, 1 / 0.05),  # one waits for the other
+        (chain(0.08, 0.02, hop_s=0.01), 4, 2 / 0.1),  # the slow stage takes two at once: 0.08 · (1 + 1/4)
+        (chain(0.05, 0.05, hop_s=0.02), 4, 4 / (0.16 + 0.1 / 4)),  # batches are longer for those within
+        (chain(0.05, hop_s=0.0), 9, 9 / (0.05 * 3)),
+        (chain(0.05, 0.01, hop_s=0.0, replicas=(C,)), 2, 2 / 0.06),
+    ],
+)
+def test_streams_share_stages_as_nodes_batch_them(plan: Plan, streams: int, tokens_per_s: float) -> None:
+    assert plan.tokens_per_s(streams) == pytest.approx(tokens_per_s)
+
+
+def test_more_streams_are_never_slower_and_a_plan_expects_what_workers_expect() -> None:
+    plan = chain(0.03, 0.01, 0.02, hop_s=0.02)
+    speeds = [plan.tokens_per_s(streams) for streams in range(1, 60)]
+    assert all(after >= before for before, after in pairwise(speeds))
+    assert ROWS_PER_BLOCK_TIME == service.ROWS_PER_BLOCK_TIME
