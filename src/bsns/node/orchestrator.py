@@ -201,11 +201,8 @@ class Orchestrator:
 
     async def _store(self, record: PlanRecord) -> None:
         await self._directory.publish_plan(record)
-        now_s = self._clock()
-        self.election.handle(Stored(lease_of(record)), now_s)
+        self.election.handle(Stored(lease_of(record)), self._clock())
         self._take_up([record])
-        if record.version == 0 and record.issued_s > now_s - LEAST_WAIT_S:
-            log.debug("claimed the lease", term=record.term)
 
     async def _govern(self, records: Sequence[NodeRecord]) -> None:
         """Look for a better plan once in a lease's time, and publish what was found if it is worth it."""
