@@ -36,7 +36,7 @@ def widest_chain(ways: Ways, depth: int) -> tuple[Cost, Chain] | None:
     found = cheapest_chain(ways, solve=search.solve, cost=search.cost, known=search.thrifty(), max_cases=cases)
     if found is not None and len(found[1]) > depth:
         search = _Widest(ways, depth)
-        found = cheapest_chain(ways, solve=search.solve, cost=search.cost, max_cases=1)
+        found = cheapest_chain(ways, solve=search.solve, cost=search.cost, known=search.thrifty(), max_cases=1)
     return found
 
 
@@ -126,13 +126,8 @@ class _Widest:
                 unused_N = unused_N.copy()
                 unused_N[node] = False
                 beams[end].append((int(worth_WN[which, node]), node, unused_N, (Stage(node, block, end), stages)))
-        if not beams[blocks]:
-            return None
-        link, chain = beams[blocks][0][3], list[Stage]()
-        while isinstance(link, tuple):
-            chain.append(link[0])
-            link = link[1]
-        return tuple(reversed(chain))
+        chains = (_unlinked(label[3]) for label in beams[blocks])
+        return next((chain for chain in chains if not self.depth or len(chain) <= self.depth), None)
 
     def _beyond(self) -> int:
         """A bound that everything keeps within."""
@@ -159,6 +154,14 @@ class _Widest:
         if not _enough(reach_NL, limit) or not _reaches(self.ways, reach_NL, limit):
             return False
         return not self.depth or int(self.counting.table(allowed_NL, limit).cost_LM[0, -1]) <= self.depth
+
+
+def _unlinked(link: object) -> Chain:
+    stages: list[Stage] = []
+    while isinstance(link, tuple):
+        stages.append(link[0])
+        link = link[1]
+    return tuple(reversed(stages))
 
 
 def _within(ways: Ways, allowed_NL: Bools, depth: int, limit: Limit | None = None) -> Table:

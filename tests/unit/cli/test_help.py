@@ -30,3 +30,10 @@ def test_the_command_lists_its_verbs() -> None:
 def test_version() -> None:
     said = CliRunner().invoke(app, ["--version"])
     assert said.output.strip() == f"bsns {bsns.__version__}"
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_routes_can_be_asked_for(verb: str) -> None:
+    said = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert "--objective" in said.output
+    assert "attested-only" in said.output

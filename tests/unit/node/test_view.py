@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
+import pytest
 
+from bsns.core.errors import BadOption, PeerLost
 from bsns.core.ids import ModelId, PeerId
+from bsns.node.client import Client
 from bsns.node.view import View
-from bsns.protocol.records import NodeRecord
+from bsns.planning.selection import Weights
+from bsns.protocol.records import LinkRecord, NodeRecord
+from bsns.routing.chain import Wish
 from bsns.swarm.directory import MemoryDirectory
 
 HONEST = NodeRecord(
@@ -43,3 +50,57 @@ async def test_a_node_that_cuts_the_model_short_is_not_seen() -> None:
     assert await View(directory, HONEST.model, None, 4).records() == [HONEST]
     assert await View(directory, HONEST.model, "float32", 4).records() == [HONEST]
     assert await View(directory).records() == [liar, HONEST]
+
+
+class Pings:
+    """Links that answer at once after the round trips given, or not at all."""
+
+    def __init__(self, round_trips_s: dict[str, float]) -> None:
+        self._round_trips_s = round_trips_s
+        self.asked: list[str] = []
+
+    async def to(self, peer: PeerId, addresses: Sequence[str] = ()) -> Any:
+        self.asked.append(peer)
+        if peer not in self._round_trips_s:
+            raise PeerLost("gone")
+
+        class Answering:
+            async def ping(_) -> float:
+                return self._round_trips_s[peer]
+
+        return Answering()
+
+
+async def test_a_route_over_what_nodes_measured_of_each_other() -> None:
+    def node(name: str, start: int, end: int, **ways_s: float) -> NodeRecord:
+        links = tuple(LinkRecord(PeerId(peer), way_s, 0.0, 1e9, 0.0) for peer, way_s in ways_s.items())
+        return msgspec.structs.replace(HONEST, peer=PeerId(name), start=start, end=end, links=links, sessions=1)
+
+    directory = MemoryDirectory()
+    for record in (node("a", 0, 2, b=0.5, c=0.01), node("b", 2, 4), node("c", 2, 4), node("d", 2, 4, a=0.0)):
+        await directory.publish(record)
+    pings: Any = Pings({"a": 0.001, "b": 0.001, "c": 0.002})
+    view = View(directory, HONEST.model, "float32", 4)
+    route = await view.route(pings, 10, ())
+    assert [hop.peer for hop in route] == ["a", "c"]  # b is far from a, and d does not answer
+    assert sorted(pings.asked) == ["a", "b", "c", "d"]
+    seen = view.snapshot()
+    far = seen.link(PeerId("a"), PeerId("b"))
+    assert far is not None
+    assert far.round_trip_s == 0.5
+    assert {peer: link.round_trip_s for peer, link in seen.client.items()} == {"a": 0.001, "b": 0.001, "c": 0.002}
+    assert dict(view.sessions()) == {"a": 2, "b": 1, "c": 2, "d": 1}
+    view.release(route)
+    assert dict(view.sessions()) == {"a": 1, "b": 1, "c": 1, "d": 1}
+    await view.route(pings, 10, ())
+    assert len(pings.asked) == 4  # what was measured is fresh still
+    view = View(directory, HONEST.model, "float32", 4, wish=Wish(weights=Weights(latency=0.0)))
+    assert [hop.peer for hop in await view.route(pings, 10, ())] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"objective": "speed"}, {"weights": "price=much"}, {"weights": "cheap", "objective": "throughput"}]
+)
+def test_a_client_refuses_options_that_make_no_sense(options: dict[str, Any]) -> None:
+    with pytest.raises(BadOption):
+        Client("invite", **options)

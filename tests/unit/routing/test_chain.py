@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import CacheFull, MissingBlocks
+from bsns.core.errors import BadOption, CacheFull, MissingBlocks
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.snapshot import Link, pair
+from bsns.planning.selection import Weights
 from bsns.protocol.records import NodeRecord
 from bsns.routing.chain import Hop, Knowledge, Route, Wish, best_chain
 from bsns.swarm.snapshot import snapshot
@@ -136,3 +137,103 @@ def test_contrived_records_still_give_a_chain() -> None:
     route = best_chain(records, 80, known(records), needed_tokens=1)
     assert [block for hop in route for block in hop.blocks] == list(range(80))
     assert len({hop.peer for hop in route}) == len(route) == 6
+
+
+def test_measured_ways_between_nodes_decide() -> None:
+    nodes = (record("a", 0, 3), record("b", 3, 6), record("c", 3, 6))
+    rtt = {"a": 0.002, "b": 0.004, "c": 0.004}
+    assert walk(chain(*nodes, rtt=rtt, links={"ab": 0.01, "ac": 0.02})) == [("a", "0:3"), ("b", "3:6")]
+    assert walk(chain(*nodes, rtt=rtt, links={"ab": 0.02, "ac": 0.01})) == [("a", "0:3"), ("c", "3:6")]
+    # of one that nobody measured it is believed that it takes as long as from the client
+    assert walk(chain(*nodes, rtt=rtt, links={"ab": 0.0041})) == [("a", "0:3"), ("c", "3:6")]
+
+
+def test_the_way_back_counts() -> None:
+    nodes = (record("a", 0, 3), record("b", 3, 6), record("c", 3, 6))
+    links = {"ab": 0.001, "ac": 0.002}
+    assert walk(chain(*nodes, rtt={"b": 0.02, "c": 0.001}, links=links)) == [("a", "0:3"), ("c", "3:6")]
+
+
+def test_bandwidth_counts_for_what_a_hop_carries() -> None:
+    nodes = [record("a", 0, 3), record("b", 3, 6), record("c", 3, 6)]
+    thin, thick = Link(0.001, bytes_per_s=1e6), Link(0.002, bytes_per_s=1e9)
+    base = known(nodes)
+    links = {pair(PeerId("a"), PeerId("b")): thin, pair(PeerId("a"), PeerId("c")): thick}
+    base = replace(base, snapshot=replace(base.snapshot, links=links))
+    for size, last in ((0, "b"), (4096, "c")):
+        route = best_chain(nodes, 6, base, needed_tokens=1, wish=Wish(hop_bytes=size))
+        assert walk(route)[-1][0] == last
+
+
+def test_a_node_that_moves_is_used_in_one_of_its_ranges() -> None:
+    mover = record("a", 0, 3, others=((3, 6),), block_time_s=0.0001)
+    assert walk(chain(mover, record("b", 3, 6))) == [("a", "0:3"), ("b", "3:6")]
+    assert walk(chain(mover, record("b", 0, 3))) == [("b", "0:3"), ("a", "3:6")]
+    with pytest.raises(MissingBlocks, match="each node used once"):
+        chain(mover)
+    with pytest.raises(MissingBlocks, match=r"5:6 \(b has 0:1, 5:6 and is leaving\)"):
+        chain(record("a", 0, 3, others=((3, 5),)), record("b", 0, 1, others=((5, 6),), state="leaving"))
+
+
+def test_a_silent_node_is_the_last_resort_wherever_it_stands() -> None:
+    nodes = [record("a", 0, 2), record("b", 2, 4), record("c", 2, 4, block_time_s=0.5), record("d", 4, 6)]
+    base = known(nodes, links={"ab": 0.0, "bd": 0.0})
+    silent = replace(base, silent={PeerId("b")})
+    assert walk(best_chain(nodes, 6, base, needed_tokens=1))[1][0] == "b"
+    assert walk(best_chain(nodes, 6, silent, needed_tokens=1))[1][0] == "c"
+    assert walk(best_chain([nodes[0], nodes[1], nodes[3]], 6, silent, needed_tokens=1))[1][0] == "b"
+
+
+def test_a_busy_node_counts_as_slower() -> None:
+    nodes = [record("a", 0, 6, block_time_s=0.01), record("b", 0, 6, block_time_s=0.014)]
+    for sessions, chosen in ((0, "a"), (1, "a"), (2, "b")):  # a second row costs a quarter of the first
+        base = replace(known(nodes), sessions={PeerId("a"): sessions})
+        assert walk(best_chain(nodes, 6, base, needed_tokens=1)) == [(chosen, "0:6")]
+
+
+def test_throughput_shares_the_work() -> None:
+    nodes = (record("a", 0, 6), record("b", 2, 6, block_time_s=0.0011))
+    rtt = {"a": 0.001, "b": 0.001}
+    assert walk(chain(*nodes, rtt=rtt)) == [("a", "0:6")]
+    assert walk(chain(*nodes, rtt=rtt, wish=Wish("throughput"))) == [("a", "0:3"), ("b", "3:6")]
+
+
+@pytest.mark.parametrize("aim", ["latency", "throughput"])
+def test_a_route_is_no_deeper_than_the_protocol_allows(aim: Any) -> None:
+    islands = [record(f"i{n}", n, n + 1, block_count=70) for n in range(70)]
+    with pytest.raises(MissingBlocks, match="at most 64 nodes"):
+        best_chain(islands, 70, known(islands), needed_tokens=1, wish=Wish(aim))
+    slow = record("slow", 10, 40, block_count=70, block_time_s=0.01)
+    nodes = [*islands, slow]
+    route = best_chain(nodes, 70, known(nodes), needed_tokens=1, wish=Wish(aim))
+    assert len(route) == 64
+    assert [len(hop.blocks) for hop in route if hop.peer == "slow"] == [7]
+    assert [block for hop in route for block in hop.blocks] == list(range(70))
+
+
+def test_weights_choose_another_chain() -> None:
+    nodes = (record("a", 0, 6, price=3.0), record("b", 0, 6, block_time_s=0.002, price=1.0))
+    assert walk(chain(*nodes)) == [("a", "0:6")]
+    assert walk(chain(*nodes, wish=Wish(weights=Weights.parse("fast")))) == [("a", "0:6")]
+    assert walk(chain(*nodes, wish=Wish(weights=Weights.parse("cheap")))) == [("b", "0:6")]
+    # the fast node saves 6 ms per token and costs 12 more: worth it below half a millisecond each
+    assert walk(chain(*nodes, wish=Wish(weights=Weights.parse("price=0.0004")))) == [("a", "0:6")]
+    assert walk(chain(*nodes, wish=Wish(weights=Weights.parse("price=0.0006")))) == [("b", "0:6")]
+
+
+def test_attested_nodes_only() -> None:
+    nodes = [record("a", 0, 6), record("b", 0, 3), record("c", 3, 6)]
+    base = known(nodes)
+    views = tuple(replace(node, attested=node.peer != "a") for node in base.snapshot.nodes)
+    base = replace(base, snapshot=replace(base.snapshot, nodes=views))
+    wish = Wish(weights=Weights.parse("attested-only"))
+    assert walk(best_chain(nodes, 6, base, needed_tokens=1, wish=wish)) == [("b", "0:3"), ("c", "3:6")]
+    with pytest.raises(MissingBlocks, match=r"no attested node serves blocks 3:6 \(a has 0:6 and is not attested"):
+        best_chain(nodes[:2], 6, base, needed_tokens=1, wish=wish)
+
+
+def test_wishes_that_make_no_sense() -> None:
+    with pytest.raises(BadOption, match="latency or throughput"):
+        Wish("speed")  # type: ignore[arg-type]
+    with pytest.raises(BadOption, match="either"):
+        Wish("throughput", Weights())
