@@ -32,9 +32,11 @@ from bsns.node.capacity import (
 from bsns.node.moving import Mover
 from bsns.node.orchestrator import Orchestrator
 from bsns.node.peer import Peer
+from bsns.node.prober import Prober
 from bsns.node.view import View
 from bsns.protocol.records import NodeRecord
 from bsns.protocol.tensors import DTYPE_BYTES
+from bsns.swarm.records import with_links
 from bsns.worker.calibration import calibrate
 from bsns.worker.service import Worker
 from bsns.worker.sessions import SessionTable
@@ -64,9 +66,11 @@ class Server:
         self.record = record
         self.mover: Mover | None = None
         self.orchestrator: Orchestrator | None = None
+        here = View(peer.directory, source.model_id, None, source.block_count)
+        self.prober = Prober(peer.id, peer.dial, here.records, busy=worker.busy)
         self._changed = asyncio.Event()
         self._publishing = asyncio.Lock()
-        self._tasks = [asyncio.create_task(self._announce())]
+        self._tasks = [asyncio.create_task(self._announce()), asyncio.create_task(self.prober.run())]
 
     @classmethod
     async def start(cls, peer: Peer, source: ModelSource, options: ServeOptions, told: Told = lambda _: None) -> Server:
@@ -146,8 +150,10 @@ class Server:
     async def publish(self) -> None:
         """Announce the node as it is now."""
         async with self._publishing:
-            self.record = _renewed(self.record, self.worker)
+            links = self.prober.links()
+            self.record = with_links(_renewed(self.record, self.worker), links, self.peer.membership)
             await self.peer.directory.publish(self.record)
+            self.prober.published(links)
 
     def stand(self, draw: bytes) -> None:
         """Announce our draw for the next election, soon."""
@@ -176,7 +182,8 @@ class Server:
             except TimeoutError:
                 pass  # nobody says so, but it may have changed
             left = self.worker.sessions.cache_tokens_left
-            changed = self._changed.is_set() or abs(left - self.record.cache_tokens_left) > self.record.cache_tokens / 8
+            changed = self._changed.is_set() or self.prober.has_news()
+            changed |= abs(left - self.record.cache_tokens_left) > self.record.cache_tokens / 8
             self._changed.clear()
             if time.monotonic() - published_s < ANNOUNCE_S and not changed:
                 continue

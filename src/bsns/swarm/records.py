@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
 from bsns.core.errors import BadFrame, FrameTooLarge
 from bsns.core.ids import PeerId, SwarmId
-from bsns.protocol.records import NodeRecord, SignedRecord
+from bsns.protocol.records import LinkRecord, NodeRecord, SignedRecord
 from bsns.swarm.identity import SIGNATURE_BYTES, public_key_of, verify
 from bsns.swarm.membership import Membership
 
@@ -46,6 +47,20 @@ def sign_record(record: NodeRecord, membership: Membership) -> bytes:
     if len(signed) > MAX_RECORD_BYTES:
         raise FrameTooLarge(f"record of {len(signed)} bytes; the limit is {MAX_RECORD_BYTES}")
     return signed
+
+
+def with_links(record: NodeRecord, links: Sequence[LinkRecord], membership: Membership) -> NodeRecord:
+    """The record with as many of `links`, the most useful of which come first, as it has room for beside the rest."""
+    bare = msgspec.structs.replace(record, links=())
+    unsigned = SignedRecord(msgspec.msgpack.encode(bare), bytes(SIGNATURE_BYTES), membership.certificate)
+    room = MAX_RECORD_BYTES - len(msgspec.msgpack.encode(unsigned)) - 16  # lengths take more bytes as they grow
+    kept = 0
+    for link in links[:MAX_LINKS]:
+        room -= len(msgspec.msgpack.encode(link))
+        if room < 0:
+            break
+        kept += 1
+    return msgspec.structs.replace(record, links=tuple(links[:kept]))
 
 
 def open_record(signed: bytes, membership: Membership, now_s: float, author: PeerId | None = None) -> NodeRecord:

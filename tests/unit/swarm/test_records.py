@@ -7,18 +7,20 @@ import pytest
 
 from bsns.core.errors import BadFrame, BsnsError, FrameTooLarge, NotAMember
 from bsns.core.ids import ModelId, PeerId
-from bsns.protocol.records import NodeRecord, SignedRecord
+from bsns.protocol.records import LinkRecord, NodeRecord, SignedRecord
 from bsns.swarm.directory import MemoryDirectory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder
 from bsns.swarm.membership import Membership
 from bsns.swarm.records import (
     MAX_LIFETIME_S,
+    MAX_LINKS,
     MAX_RECORD_BYTES,
     check_record,
     open_record,
     record_statement,
     sign_record,
+    with_links,
 )
 
 NOW_S = 1_800_000_000.0
@@ -177,3 +179,49 @@ async def test_the_directory_in_memory() -> None:
     await there.withdraw(record_of(other, expires_s=NOW_S + 240))
     assert await here.records() == []
     await here.close()
+
+
+def link_to(peer: PeerId) -> LinkRecord:
+    return LinkRecord(peer, 0.1234, 0.0123, 1.234e6, NOW_S - 3)
+
+
+def test_links_travel_in_a_record() -> None:
+    author = member_of(Founder.found())
+    links = tuple(link_to(Identity.draw().peer) for _ in range(MAX_LINKS))
+    record = with_links(record_of(author.peer, draw=bytes(64)), links, author)
+    assert record.links == links
+    assert open_record(sign_record(record, author), author, NOW_S) == record
+
+
+@pytest.mark.parametrize("address_bytes", [0, 100, 175, 176, 177, 178, 179, 180, 200, 220])
+def test_a_record_that_grows_too_long_drops_the_least_useful_links(address_bytes: int) -> None:
+    author = member_of(Founder.found())
+    address = f"/dns4/{'x' * address_bytes}/tcp/4001"
+    links = tuple(link_to(Identity.draw().peer) for _ in range(MAX_LINKS + 5))
+    bare = record_of(author.peer, addresses=(address,) * 14)
+    record = with_links(bare, links, author)
+    kept = len(record.links)
+    assert record.links == links[:kept]
+    assert len(sign_record(record, author)) <= MAX_RECORD_BYTES
+    if kept < MAX_LINKS:
+        longer = msgspec.structs.replace(record, links=links[: kept + 1])
+        assert len(signed_raw(longer, author)) > MAX_RECORD_BYTES - 20
+    assert kept == MAX_LINKS or address_bytes >= 100
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        LinkRecord(PeerId("nobody"), 0.1, 0.0, 1e6, NOW_S),
+        LinkRecord(Identity.draw().peer, float("nan"), 0.0, 1e6, NOW_S),
+        LinkRecord(Identity.draw().peer, -0.1, 0.0, 1e6, NOW_S),
+        LinkRecord(Identity.draw().peer, 0.1, 0.0, 0.0, NOW_S),
+        LinkRecord(Identity.draw().peer, 0.1, 0.0, float("nan"), NOW_S),
+        LinkRecord(Identity.draw().peer, 0.1, -1.0, 1e6, NOW_S),
+        LinkRecord(Identity.draw().peer, 0.1, 0.0, 1e6, float("inf")),
+    ],
+)
+def test_impossible_links_are_refused(link: LinkRecord) -> None:
+    author = member_of(Founder.found())
+    with pytest.raises(BsnsError):
+        open_record(signed_raw(record_of(author.peer, links=(link,)), author), author, NOW_S)
