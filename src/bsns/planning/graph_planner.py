@@ -25,22 +25,27 @@ from bsns.planning.slicing import best_slice, slice_orders
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How long a search may be. `moves` are tried per operator, `rounds` share the generations."""
+    """How long a search may be. `moves` are tried per operator in each of several refinements."""
 
     population: int
     generations: int
     rounds: int
+    """That share the generations."""
+    starts: int
+    """Natural orders that are refined."""
     moves: int
 
 
 BUDGETS = {
-    "slice": Budget(0, 0, 0, 0),
-    "brkga100": Budget(10, 10, 2, 100),
-    "brkga10000": Budget(100, 100, 4, 1000),
+    "slice": Budget(0, 0, 0, 0, 0),
+    "brkga100": Budget(10, 10, 2, 1, 50),
+    "brkga10000": Budget(100, 100, 4, 4, 400),
 }
 """Archer's 10×10 and 100×100 (population × generations); and Kahn + slice alone."""
 REACH = (1.0, 0.3, 0.1, 0.03)
 """How far, of the whole order, an operator's key may move it from its place in the best order, round by round."""
+PATIENCE = 8
+"""Generations without a better best before a round gives way to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class GraphPlan:
     lower_bound_s: float
     gap: float
     method: str
-    """`slice`, or the budget; and which order it came from, where no search improved on it."""
+    """The budget whose search found it; `slice` and an order's name, where none did; `exact` where a proof did."""
     assumptions: tuple[str, ...] = ()
 
 
@@ -66,12 +71,14 @@ def plan_graph(
     budget: str = "brkga10000",
     warm: Sequence[Sequence[int]] = (),
     bounds: Bounds | None = None,
+    prove: bool = True,
     remaining_s: Callable[[], float] = lambda: math.inf,
 ) -> GraphPlan:
     """The best partition found within the budget, or until `remaining_s` is used up; never worse than Kahn + slice.
 
-    `warm` are topological orders to start from as well. Raises BadOption, and NotEnoughMemory where memory is hard and
-    no cut was found that fits.
+    A proof may meet a better one, which is then taken, up to the optimum on narrow graphs; without `prove` only quick
+    bounds are looked for. `warm` are topological orders to start from as well. Raises BadOption, and NotEnoughMemory
+    where memory is hard and no cut was found that fits.
     """
     if budget not in BUDGETS:
         raise BadOption(f"there is no budget {budget!r}; use {', '.join(BUDGETS)}")
@@ -79,7 +86,8 @@ def plan_graph(
     if fleet.machines > graph.count:
         notes.append(f"the graph has {graph.count} operators; {fleet.machines - graph.count} machines are left out")
         fleet = replace(fleet, machines=graph.count)
-    search = _Search(graph, fleet, rng, lambda: remaining_s() <= 0)
+    bounds = bounds or Bounds(graph)
+    search = _Search(graph, fleet, rng, bounds.quick(fleet).value_s, lambda: remaining_s() <= 0)
     orders = {f"warm {i}": np.array(order, dtype=np.intp) for i, order in enumerate(warm)} | natural_orders(graph)
     method = search.start(orders)
     if math.isinf(search.best_s):
@@ -91,15 +99,21 @@ def plan_graph(
         method = budget
     if search.stopped:
         notes.append("the search was stopped before its budget was used up")
-    part_V = order_of_parts(graph, search.part_V)
-    bottleneck_s = float(part_costs(graph, part_V, fleet).max())
-    lower_s = min((bounds or Bounds(graph)).lower_s(fleet, bottleneck_s), bottleneck_s)
+    part_of, bottleneck_s = search.part_V, float(part_costs(graph, search.part_V, fleet).max())
+    lower_s = search.good_s
+    if prove:
+        bound = bounds.lower(fleet, bottleneck_s, should_stop=lambda: remaining_s() <= 0)
+        lower_s = bound.value_s
+        if bound.part_of is not None:
+            part_of, method = np.array(bound.part_of, dtype=np.intp), "exact"
+            bottleneck_s = float(part_costs(graph, part_of, fleet).max())
+    part_V = order_of_parts(graph, part_of)
     return GraphPlan(
         part_of=tuple(part_V.tolist()),
         parts=int(part_V.max()) + 1,
         bottleneck_s=bottleneck_s,
-        lower_bound_s=lower_s,
-        gap=bottleneck_s / lower_s - 1 if lower_s > 0 else 0.0,
+        lower_bound_s=min(lower_s, bottleneck_s),
+        gap=max(bottleneck_s / lower_s - 1, 0.0) if lower_s > 0 else 0.0,
         method=method,
         assumptions=tuple(notes),
     )
@@ -109,71 +123,80 @@ class _Search:
     """The best partition so far, and what may still improve it."""
 
     def __init__(
-        self, graph: OperatorGraph, fleet: Fleet, rng: np.random.Generator, should_stop: Callable[[], bool]
+        self,
+        graph: OperatorGraph,
+        fleet: Fleet,
+        rng: np.random.Generator,
+        good_s: float,
+        should_stop: Callable[[], bool],
     ) -> None:
-        self.graph, self.fleet, self.rng, self.should_stop = graph, fleet, rng, should_stop
+        self.graph, self.fleet, self.rng, self.good_s = graph, fleet, rng, good_s
         self.best_s = math.inf
         self.part_V = np.zeros(graph.count, dtype=np.intp)
-        self.order_V = np.arange(graph.count)
         self.stopped = False
+        self._should_stop = should_stop
 
     def start(self, orders: dict[str, Ints]) -> str:
         """Cuts each order; the name of the best."""
-        self.starts_PV = np.stack(list(orders.values()))
-        cost_P = slice_orders(self.graph, self.starts_PV, self.fleet)
-        self.starts_PV = self.starts_PV[np.argsort(cost_P, kind="stable")]
-        self._offer_order(self.starts_PV[0])
+        starts_PV = np.stack(list(orders.values()))
+        cost_P = slice_orders(self.graph, starts_PV, self.fleet)
+        self.orders_PV = starts_PV[np.argsort(cost_P, kind="stable")]
+        self.best_s, self.part_V = best_slice(self.graph, self.orders_PV[0], self.fleet)
         return f"slice, {list(orders)[int(np.argmin(cost_P))]}"
 
     def run(self, budget: Budget) -> bool:
-        """Searches until the budget is used up or time is; whether that improved anything."""
+        """Searches until the budget is used up, time is, or nothing can be better; whether that improved anything."""
         start_s = self.best_s
-        if budget.rounds:
-            self._refine(budget.moves // (2 * budget.rounds))
+        for order_V in self.orders_PV[: budget.starts].copy():
+            self._refine(best_slice(self.graph, order_V, self.fleet)[1], order_V, budget.moves)
         for number in range(budget.rounds):
             reach = REACH[round(number * (len(REACH) - 1) / max(budget.rounds - 1, 1))]
             self._evolve(budget, reach)
-            self._refine(budget.moves // (2 * budget.rounds))
+            self._refine(self.part_V, self.orders_PV[0], budget.moves)
         return self.best_s < start_s * (1 - 1e-12)
 
     def _evolve(self, budget: Budget, reach: float) -> None:
-        if self._out_of_time():
+        if self._finished():
             return
-        best_V = keys_of(self.order_V[None])[0]
-        decode = _Decoder(self.graph, self.fleet, best_V, reach, round(budget.population * Settings().elite))
-        warm_PV = decode.keys(np.concatenate([self.order_V[None], self.starts_PV]))
-        settings = Settings(budget.population, max(budget.generations // budget.rounds, 1))
+        elite = round(budget.population * Settings().elite)
+        decode = _Decoder(self.graph, self.fleet, keys_of(self.orders_PV[:1])[0], reach, elite)
         evolved = evolve(
-            decode, self.graph.count, rng=self.rng, settings=settings, warm=warm_PV, should_stop=self.should_stop
+            decode,
+            self.graph.count,
+            rng=self.rng,
+            settings=Settings(budget.population, max(budget.generations // budget.rounds, 1)),
+            warm=decode.keys(self.orders_PV),
+            should_stop=lambda: decode.idle >= PATIENCE or self._finished(),
         )
-        self._offer_order(decode.orders(evolved.keys[None])[0])
+        order_V = decode.orders(evolved.keys[None])[0]
+        self._offer(*best_slice(self.graph, order_V, self.fleet), order_V)
 
-    def _refine(self, moves: int) -> None:
-        if self._out_of_time() or not moves:
+    def _refine(self, part_V: Ints, order_V: Ints, moves: int) -> None:
+        """From this partition, whose parts are numbered in order; then cuts the order that came of it."""
+        if self._finished() or not moves:
             return
         cost_s, part_V = refine(
             self.graph,
             self.fleet,
-            self.part_V,
+            part_V,
             rng=self.rng,
             moves=moves * self.graph.count,
-            should_stop=self.should_stop,
+            should_stop=self._finished,
         )
+        order_V = lined_up(self.graph, part_V, order_V)
+        self._offer(cost_s, part_V, order_V)
+        self._offer(*best_slice(self.graph, order_V, self.fleet), order_V)
+
+    def _offer(self, cost_s: float, part_V: Ints, order_V: Ints) -> None:
+        """Keeps the order to start from, first if it is as good as the best, and the partition if it is better."""
+        first = cost_s <= self.best_s * (1 + 1e-9)
+        self.orders_PV = np.insert(self.orders_PV, 0 if first else 1, order_V, axis=0)
         if cost_s < self.best_s:
             self.best_s, self.part_V = cost_s, part_V
-            self._offer_order(lined_up(self.graph, part_V, self.order_V))
 
-    def _offer_order(self, order_V: Ints) -> None:
-        """Takes an order as the best if its best cut is as good as the best partition."""
-        cost_s, part_V = best_slice(self.graph, order_V, self.fleet)
-        if cost_s <= self.best_s * (1 + 1e-9):
-            self.order_V = order_V
-            if cost_s < self.best_s:
-                self.best_s, self.part_V = cost_s, part_V
-
-    def _out_of_time(self) -> bool:
-        self.stopped = self.stopped or self.should_stop()
-        return self.stopped
+    def _finished(self) -> bool:
+        self.stopped = self.stopped or self._should_stop()
+        return self.stopped or self.best_s <= self.good_s * (1 + 1e-9)
 
 
 class _Decoder:
@@ -186,6 +209,9 @@ class _Decoder:
     def __init__(self, graph: OperatorGraph, fleet: Fleet, centre_V: Floats, reach: float, elite: int) -> None:
         self.graph, self.fleet, self.centre_V, self.reach = graph, fleet, centre_V, reach
         self.elite, self.best = max(elite, 1), list[float]()
+        self.least_s = math.inf
+        self.idle = 0
+        """Generations since the best one came."""
 
     def __call__(self, keys_PV: Floats) -> Floats:
         limit_s = -self.best[0] if len(self.best) == self.elite else math.inf
@@ -194,6 +220,8 @@ class _Decoder:
             heapq.heappush(self.best, -cost_s)
             if len(self.best) > self.elite:
                 heapq.heappop(self.best)
+        self.idle = 0 if cost_P.min() < self.least_s else self.idle + 1
+        self.least_s = min(self.least_s, float(cost_P.min()))
         return cost_P
 
     def orders(self, keys_PV: Floats) -> Ints:

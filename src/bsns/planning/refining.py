@@ -16,7 +16,7 @@ from bsns.planning.graph import Fleet, Ints, OperatorGraph, part_costs
 
 STEEPNESS = 24
 """q: how much more the worst part counts than the others."""
-HOTTEST, COLDEST = 0.15, 0.002
+HOTTEST, COLDEST = 0.5, 0.03
 """Temperatures, in units of one part at the bottleneck."""
 CHUNK = 8192
 """Moves between looks at the clock, with random numbers drawn ahead."""
