@@ -123,7 +123,7 @@ def chain_problem(
     for (one, other), link in snapshot.links.items():
         a, b = index.get(one), index.get(other)
         if a is not None and b is not None:
-            hop_NN[a, b] = hop_NN[b, a] = _transfer_s(link, size)
+            hop_NN[a, b] = hop_NN[b, a] = transfer_s(link, size)
     notes = list(snapshot.assumptions)
     np.fill_diagonal(hop_NN, 0.0)
     missing_NN = np.isnan(hop_NN)
@@ -136,7 +136,7 @@ def chain_problem(
         )
     ends_N = np.zeros(count)
     if snapshot.client:
-        known = {peer: _transfer_s(link, size) for peer, link in snapshot.client.items()}
+        known = {peer: transfer_s(link, size) for peer, link in snapshot.client.items()}
         farthest_s = max(known.values())
         ends_N = np.array([known.get(node.peer, farthest_s) for node in chosen])
         if any(node.peer not in known for node in chosen):
@@ -155,7 +155,8 @@ def chain_problem(
     )
 
 
-def _transfer_s(link: Link, size: float) -> float:
+def transfer_s(link: Link, size: float) -> float:
+    """A message's way along a link. Raises BadSnapshot for impossible figures."""
     if not (0 <= link.round_trip_s < math.inf and link.bytes_per_s > 0):
         raise BadSnapshot(f"a link has a round trip of {link.round_trip_s} s and {link.bytes_per_s} bytes/s")
     return link.transfer_s(size)

@@ -1,0 +1,352 @@
+"""The exact solver: CP-SAT over chains and devices, with a bound that stays valid whenever it is stopped.
+
+Nodes lie on a circuit through the client; a node left out loops onto itself. For equal blocks and the bottleneck
+alone, one question is asked again and again: do the nodes reach the end if no turn may take longer than T? It needs
+whole numbers of blocks only, so no rounding enters. Otherwise the value itself is minimised, in whole units, rounded
+down, so that what is proven of the rounded problem holds for the real one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from bsns.core.plan import Objective
+from bsns.planning.chain_dp import TOLERANCE, Ints, least_bottleneck
+from bsns.planning.problem import Chain, ChainProblem, Floats, Stage
+
+VALUE_UNITS = 2**30
+"""Of the hint's value, in the rounded problem: what rounding costs is far below what is called proven."""
+WEIGHT_UNITS = 2**20
+LEAST_S = 0.02
+"""Less time than this is not worth building a model for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExactlySolved:
+    """The best chain known (the hint, if none is better), a bound that no chain beats, and whether they meet."""
+
+    chain: Chain | None
+    bound_s: float
+    proven: bool
+
+
+def solve_exactly(
+    problem: ChainProblem,
+    objective: Objective,
+    *,
+    remaining_s: Callable[[], float],
+    hint: Chain | None = None,
+    bound_s: float = 0.0,
+    seed: int = 0,
+    workers: int = 1,
+) -> ExactlySolved:
+    """Minimise the objective; `bound_s` is a bound already known. Infinite bound: no chain fits.
+
+    One worker is deterministic but for where the time ends.
+    """
+    alike = bool(np.ptp(problem.work_L) == 0 and np.ptp(problem.bytes_L) == 0)
+    search = _Search(remaining_s, seed, workers)
+    if alike and objective.latency == 0:
+        found = _least_bottleneck(problem, search, hint, bound_s / objective.bottleneck)
+        return ExactlySolved(found.chain, found.bound_s * objective.bottleneck, found.proven)
+    return _least_value(problem, objective, search, hint, bound_s, alike=alike)
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    remaining_s: Callable[[], float]
+    seed: int
+    workers: int
+
+    def run(self, model: cp_model.CpModel) -> tuple[cp_model.CpSolver, Any]:
+        solver = cp_model.CpSolver()
+        solver.parameters.max_time_in_seconds = max(LEAST_S, self.remaining_s())
+        solver.parameters.num_workers = self.workers
+        solver.parameters.random_seed = self.seed
+        solver.parameters.linearization_level = 2  # cuts of the circuit: what took seconds takes hundredths
+        return solver, solver.solve(model)
+
+
+def _least_bottleneck(problem: ChainProblem, search: _Search, hint: Chain | None, bound_s: float) -> ExactlySolved:
+    """Bisection over the turns that are possible at all: just below the best known first, for that proves it best."""
+    turns = _possible_turns(problem)
+    room_N = _room(problem)
+    if float(room_N.sum()) < problem.block_count:
+        return ExactlySolved(None, math.inf, True)
+    best = hint
+    high = len(turns) if best is None else int(np.searchsorted(turns, problem.cost(best)[0] * (1 - TOLERANCE)))
+    low = int(np.searchsorted(turns, bound_s * (1 - TOLERANCE))) - 1  # the highest turn known to be too short
+    probe = high - 1
+    while low < high - 1 and search.remaining_s() > LEAST_S:
+        status, order = _reaches_end(problem, room_N, float(turns[probe]), search, best)
+        if order is not None:
+            chain = least_bottleneck(problem, order)
+            assert chain is not None, "the solver has just found one in this order"
+            best = chain
+            high = min(probe, int(np.searchsorted(turns, problem.cost(best)[0] * (1 - TOLERANCE))))
+        elif status == cp_model.INFEASIBLE:
+            low = probe
+        else:
+            break
+        probe = (low + high) // 2
+    if best is None and low >= len(turns) - 1:
+        return ExactlySolved(None, math.inf, True)
+    proven = best is not None and low >= high - 1
+    next_s = float(turns[min(low + 1, len(turns) - 1)])  # nothing happens between two possible turns
+    known_s = problem.cost(best)[0] if best is not None else math.inf
+    return ExactlySolved(best, known_s if proven else min(max(bound_s, next_s * (1 - TOLERANCE)), known_s), proven)
+
+
+def _possible_turns(problem: ChainProblem) -> Floats:
+    """Every time that a stage, or the client, can take, in order."""
+    blocks_B = np.arange(1, problem.block_count + 1) * problem.work_L[0]
+    ways = np.vstack([problem.entry_N[None, :], problem.hop_NN])
+    turns = ways[:, :, None] + (problem.time_N[:, None] * blocks_B)[None, :, :]
+    return np.unique(np.concatenate([turns.ravel(), problem.exit_N + problem.client_s]))
+
+
+def _room(problem: ChainProblem) -> Ints:
+    """How many blocks, all alike, fit each node."""
+    sums_M = np.concatenate([[0.0], np.cumsum(problem.bytes_L)])
+    return np.searchsorted(sums_M, problem.memory_N, side="right") - 1
+
+
+def _reaches_end(
+    problem: ChainProblem, room_N: Ints, limit_s: float, search: _Search, near: Chain | None
+) -> tuple[Any, list[int] | None]:
+    """Whether some circuit of the client and nodes takes all blocks with no turn longer than `limit_s`, and which."""
+    limit_s *= 1 + TOLERANCE
+    ways = np.vstack([problem.entry_N[None, :], problem.hop_NN])
+    per_block_N = problem.time_N * problem.work_L[0]
+    blocks = np.floor((limit_s - ways) / per_block_N * (1 + TOLERANCE) + TOLERANCE).astype(np.int64)
+    blocks = np.minimum(np.clip(blocks, 0, problem.block_count), room_N)
+    model = cp_model.CpModel()
+    arcs: list[tuple[int, int, Any]] = []
+    taken: list[Any] = []
+    counts: list[int] = []
+    used = _arcs_of(near)
+    for before, node in zip(*np.nonzero(blocks), strict=True):
+        if before == node + 1:
+            continue
+        arc = model.new_bool_var("")
+        arcs.append((int(before), int(node) + 1, arc))
+        taken.append(arc)
+        counts.append(int(blocks[before, node]))
+        if near is not None:
+            model.add_hint(arc, (int(before), int(node) + 1) in used)
+    for node in range(problem.node_count):
+        out = model.new_bool_var("")
+        arcs.append((node + 1, node + 1, out))
+        if problem.exit_N[node] + problem.client_s <= limit_s:
+            back = model.new_bool_var("")
+            arcs.append((node + 1, 0, back))
+    if not taken:
+        return cp_model.INFEASIBLE, None
+    model.add_circuit(arcs)
+    model.add(cp_model.LinearExpr.weighted_sum(taken, counts) >= problem.block_count)
+    solver, status = search.run(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return status, None
+    return status, _order(solver, arcs)
+
+
+def _arcs_of(chain: Chain | None) -> set[tuple[int, int]]:
+    places = [0, *(stage.node + 1 for stage in chain or ()), 0]
+    return set(pairwise(places))
+
+
+def _order(solver: cp_model.CpSolver, arcs: list[tuple[int, int, Any]]) -> list[int]:
+    after = {before: node for before, node, arc in arcs if before != node and solver.boolean_value(arc)}
+    order: list[int] = []
+    place = after[0]
+    while place:
+        order.append(place - 1)
+        place = after[place]
+    return order
+
+
+def _least_value(
+    problem: ChainProblem, objective: Objective, search: _Search, hint: Chain | None, bound_s: float, *, alike: bool
+) -> ExactlySolved:
+    """Minimise the rounded value directly. Times are rounded down, so its bound is one of the real problem too."""
+    count = problem.node_count
+    longest_s = problem.cost(hint)[1] if hint is not None else _at_most(problem)
+    scale = VALUE_UNITS / longest_s
+    way_s = np.vstack([problem.entry_N[None, :], problem.hop_NN])
+    way = np.floor(np.minimum(way_s, 2 * longest_s) * scale).astype(np.int64)
+    back = np.floor(np.minimum(problem.exit_N + problem.client_s, 2 * longest_s) * scale).astype(np.int64)
+    model = cp_model.CpModel()
+    used = _arcs_of(hint)
+    arcs: list[tuple[int, int, Any]] = []
+    into: list[list[tuple[Any, int]]] = [[] for _ in range(count)]
+    held = _Counts(model, problem, scale) if alike else _Ranges(model, problem, scale)
+    for before in range(count + 1):
+        for node in range(1, count + 1):
+            arc = model.new_bool_var("")
+            if before == node:
+                held.left_out(node - 1, arc)
+            elif way_s[before, node - 1] > longest_s or held.most[node - 1] == 0:
+                model.add(arc == 0)
+                continue
+            else:
+                into[node - 1].append((arc, int(way[before, node - 1])))
+                held.joins(before - 1, node - 1, arc)
+            arcs.append((before, node, arc))
+    turns: list[Any] = []
+    backs: list[Any] = []
+    for node in range(count):
+        arc = model.new_bool_var("")
+        arcs.append((node + 1, 0, arc))
+        held.ends(node, arc)
+        backs.append(arc * int(back[node]))
+        turns.append(held.compute(node) + sum(arc * cost for arc, cost in into[node]))
+    model.add_circuit(arcs)
+    held.close()
+    weight = objective.bottleneck + objective.latency
+    steady = math.floor(objective.bottleneck / weight * WEIGHT_UNITS)
+    quick = math.floor(objective.latency / weight * WEIGHT_UNITS)
+    common = math.gcd(steady, quick)
+    terms: list[Any] = []
+    if steady:
+        slowest = model.new_int_var(0, 4 * VALUE_UNITS, "")
+        for turn in turns:
+            model.add(slowest >= turn)
+        model.add(slowest >= sum(backs))
+        terms.append(slowest * (steady // common))
+    if quick:
+        terms.append((sum(turns) + sum(backs)) * (quick // common))
+    model.minimize(sum(terms))
+    if hint is not None:
+        for before, node, arc in arcs:
+            inside = before != node and (before, node) in used
+            model.add_hint(arc, inside or (before == node and node - 1 not in {stage.node for stage in hint}))
+        held.hint(hint)
+    solver, status = search.run(model)
+    if status == cp_model.INFEASIBLE:
+        return ExactlySolved(hint, math.inf if hint is None else bound_s, hint is None)
+    unit = scale * WEIGHT_UNITS / common / weight
+    proven_s = (
+        (solver.best_objective_bound - held.error * (steady + quick) / common) / unit
+        if math.isfinite(solver.best_objective_bound)
+        else 0.0
+    )
+    bound_s = max(bound_s, proven_s)
+    best = hint
+    if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        order = _order(solver, arcs)
+        chain = held.chain(solver, order)
+        if problem.fits(chain) and (best is None or problem.value(chain, objective) < problem.value(best, objective)):
+            best = chain
+    return ExactlySolved(best, bound_s, status == cp_model.OPTIMAL)
+
+
+def _at_most(problem: ChainProblem) -> float:
+    """No chain takes longer than this: every node's slowest way, and all work on the slowest."""
+    ways_s = np.maximum(problem.hop_NN.max(axis=0), problem.entry_N).sum() + problem.exit_N.max() + problem.client_s
+    return float(ways_s + problem.work_L.sum() * problem.time_N.max())
+
+
+class _Counts:
+    """Blocks that are all alike: how many each node takes says everything."""
+
+    error = 0
+
+    def __init__(self, model: cp_model.CpModel, problem: ChainProblem, scale: float) -> None:
+        self.model = model
+        self.goal = problem.block_count
+        self.most = np.minimum(_room(problem), problem.block_count).tolist()
+        self.unit = np.floor(problem.time_N * problem.work_L[0] * scale).astype(np.int64).tolist()
+        self.counts = [model.new_int_var(0, most, "") for most in self.most]
+
+    def left_out(self, node: int, arc: Any) -> None:
+        self.model.add(self.counts[node] <= self.most[node] * ~arc)
+        self.model.add(self.counts[node] >= ~arc)
+
+    def joins(self, before: int, node: int, arc: Any) -> None: ...
+
+    def ends(self, node: int, arc: Any) -> None: ...
+
+    def close(self) -> None:
+        self.model.add(sum(self.counts) == self.goal)
+
+    def compute(self, node: int) -> Any:
+        return self.counts[node] * self.unit[node]
+
+    def hint(self, chain: Chain) -> None:
+        held = {stage.node: stage.end - stage.start for stage in chain}
+        for node, count in enumerate(self.counts):
+            self.model.add_hint(count, held.get(node, 0))
+
+    def chain(self, solver: cp_model.CpSolver, order: list[int]) -> Chain:
+        stages: list[Stage] = []
+        start = 0
+        for node in order:
+            end = start + int(solver.value(self.counts[node]))
+            stages.append(Stage(node, start, end))
+            start = end
+        return tuple(stages)
+
+
+class _Ranges:
+    """Unequal blocks: where each node's range begins and ends, and tables of work and room by boundary."""
+
+    def __init__(self, model: cp_model.CpModel, problem: ChainProblem, scale: float) -> None:
+        self.model = model
+        self.goal = problem.block_count
+        count = problem.node_count
+        work_M = np.concatenate([[0.0], np.cumsum(problem.work_L)])
+        bytes_M = np.concatenate([[0.0], np.cumsum(problem.bytes_L)])
+        self.starts = [model.new_int_var(0, self.goal, "") for _ in range(count)]
+        self.ends_at = [model.new_int_var(0, self.goal, "") for _ in range(count)]
+        self.work: list[Any] = []
+        self.most: list[int] = []
+        self.error = count  # the difference of two rounded sums is at most one unit too long
+        for node in range(count):
+            done = np.floor(work_M * problem.time_N[node] * scale).astype(np.int64).tolist()
+            last = (np.searchsorted(bytes_M, bytes_M + problem.memory_N[node], side="right") - 1).tolist()
+            self.most.append(max(end - start for start, end in enumerate(last)))
+            before, after = model.new_int_var(0, done[-1], ""), model.new_int_var(0, done[-1], "")
+            limit = model.new_int_var(0, self.goal, "")
+            model.add_element(self.starts[node], done, before)
+            model.add_element(self.ends_at[node], done, after)
+            model.add_element(self.starts[node], last, limit)
+            model.add(self.ends_at[node] <= limit)
+            model.add(self.ends_at[node] >= self.starts[node])
+            self.work.append(after - before)
+
+    def left_out(self, node: int, arc: Any) -> None:
+        self.model.add(self.starts[node] == 0).only_enforce_if(arc)
+        self.model.add(self.ends_at[node] == 0).only_enforce_if(arc)
+        self.model.add(self.ends_at[node] - self.starts[node] >= ~arc)
+
+    def joins(self, before: int, node: int, arc: Any) -> None:
+        self.model.add(self.starts[node] == (self.ends_at[before] if before >= 0 else 0)).only_enforce_if(arc)
+
+    def ends(self, node: int, arc: Any) -> None:
+        self.model.add(self.ends_at[node] == self.goal).only_enforce_if(arc)
+
+    def close(self) -> None:
+        lengths = [end - start for start, end in zip(self.starts, self.ends_at, strict=True)]
+        self.model.add(sum(lengths) == self.goal)
+
+    def compute(self, node: int) -> Any:
+        return self.work[node]
+
+    def hint(self, chain: Chain) -> None:
+        held = {stage.node: stage for stage in chain}
+        for node in range(len(self.starts)):
+            stage = held.get(node, Stage(node, 0, 0))
+            self.model.add_hint(self.starts[node], stage.start)
+            self.model.add_hint(self.ends_at[node], stage.end)
+
+    def chain(self, solver: cp_model.CpSolver, order: list[int]) -> Chain:
+        return tuple(
+            Stage(node, int(solver.value(self.starts[node])), int(solver.value(self.ends_at[node]))) for node in order
+        )

@@ -1,0 +1,261 @@
+"""The planner: from a problem to a chain with a proof, and from a snapshot to a plan.
+
+Anytime: the rivals' rules first, so that no plan is worse than theirs; then the genetic engine; then the exact solver
+with the best chain as its hint. The clock stays outside: `remaining_s()` says how many seconds are left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import NotEnoughMemory
+from bsns.core.plan import Alternative, Objective, Plan, PlannedStage
+from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
+from bsns.planning.chain_dp import best_cut, nearest_order
+from bsns.planning.device_order import search_orders
+from bsns.planning.exact import solve_exactly
+from bsns.planning.network import Network
+from bsns.planning.problem import Chain, ChainProblem, Stage
+from bsns.planning.reasons import check_room, left_out, no_chain_fits
+from bsns.planning.replicas import Shared, evaluate, share_out, teams_of
+from bsns.planning.rival_rules import RULES
+from bsns.planning.scale import candidates
+
+Clock = Callable[[], float]
+"""How many seconds are left."""
+
+THROUGHPUT = Objective()
+ENGINES = ("rules", "brkga", "exact")
+PROVEN_GAP = 1e-6
+MIXTURE_SLACK = 1e-3
+"""How exactly a mixed objective is cut along one order: the engines that follow refine it."""
+EXACT_NODES = 128
+"""The exact solver has a variable for every two nodes: beyond, building its model takes longer than it gains."""
+BRKGA_SHARE = 0.3
+"""Of the time, where the exact solver follows."""
+
+SHARING_SHARE = 0.3
+"""Of the time, for dividing the work over replicas."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """The best chain found, and how far from the best possible it may be. `proven`: it is the best possible."""
+
+    chain: Chain
+    bottleneck_s: float
+    latency_s: float
+    value: float
+    lower_bound_s: float
+    gap: float
+    method: str
+    """Which engine found it."""
+    proven: bool
+
+
+@dataclass(slots=True)
+class Best:
+    """The best chain so far, who found it, and the best bound."""
+
+    problem: ChainProblem
+    objective: Objective
+    bound_s: float
+    chain: Chain | None = None
+    value: float = math.inf
+    method: str = ""
+    tried: dict[str, Chain | None] = field(default_factory=dict)
+
+    def offer(self, chain: Chain | None, method: str) -> None:
+        if chain is None or not self.problem.fits(chain):
+            return
+        value = self.problem.value(chain, self.objective)
+        if value < self.value:
+            self.chain, self.value, self.method = chain, value, method
+
+    @property
+    def proven(self) -> bool:
+        return self.chain is not None and self.value <= self.bound_s * (1 + PROVEN_GAP)
+
+
+def solve_chain(
+    problem: ChainProblem,
+    objective: Objective,
+    *,
+    rng: np.random.Generator,
+    remaining_s: Clock,
+    warm: Sequence[Chain] = (),
+    engines: Sequence[str] = ENGINES,
+    workers: int = 1,
+) -> Solved:
+    """The best chain that the engines find in time. Equal generators and enough time give equal chains.
+
+    Raises NotEnoughMemory where no chain was found that fits.
+    """
+    best = Best(problem, objective, lower_bound(problem, objective))
+    for chain in warm:
+        best.offer(chain, "warm start")
+    if "rules" in engines:
+        for name, rule in RULES.items():
+            best.tried[name] = rule(problem)
+            best.offer(best.tried[name], name)
+    best.offer(best_cut_nearest(problem, objective), "dynamic programming")
+    exact = "exact" in engines and problem.node_count <= EXACT_NODES
+    if "brkga" in engines and not best.proven and remaining_s() > 0:
+        left_s = remaining_s() * (1 - BRKGA_SHARE if exact else 0.0)
+        starts = [chain for chain in (best.chain, *best.tried.values(), *warm) if chain is not None]
+        found = search_orders(
+            problem,
+            objective,
+            rng=rng,
+            warm=starts,
+            should_stop=lambda: remaining_s() <= left_s,
+            good_enough=best.bound_s * (1 + PROVEN_GAP),
+        )
+        best.offer(found, "brkga")
+    if exact and not best.proven and remaining_s() > 0:
+        solved = solve_exactly(
+            problem,
+            objective,
+            remaining_s=remaining_s,
+            hint=best.chain,
+            bound_s=best.bound_s,
+            seed=int(rng.integers(2**31)),
+            workers=workers,
+        )
+        best.offer(solved.chain, "exact")
+        best.bound_s = max(best.bound_s, solved.bound_s)
+    if best.chain is None:
+        raise NotEnoughMemory("no chain of these nodes has room for every block; add nodes, or lower the precision")
+    bottleneck_s, latency_s = problem.cost(best.chain)
+    bound_s = min(best.bound_s, best.value)
+    gap = best.value / bound_s - 1 if bound_s > 0 else (0.0 if best.value == 0 else math.inf)
+    return Solved(best.chain, bottleneck_s, latency_s, best.value, bound_s, gap, best.method, gap <= PROVEN_GAP)
+
+
+def best_cut_nearest(problem: ChainProblem, objective: Objective) -> Chain | None:
+    """The best cut along the order in which each node is followed by the nearest one left."""
+    return best_cut(problem, nearest_order(problem), objective, slack=MIXTURE_SLACK)
+
+
+def make_plan(
+    snapshot: Snapshot,
+    shape: ModelShape,
+    *,
+    objective: Objective = THROUGHPUT,
+    cache_tokens: int = 2048,
+    client_s: float = 0.0,
+    rng: np.random.Generator,
+    remaining_s: Clock,
+    warm: Sequence[Chain] = (),
+    replicas: bool = True,
+    workers: int = 1,
+) -> Plan:
+    """The plan for a swarm and a model. `warm`: chains to start from, nodes numbered as in `snapshot.nodes`.
+
+    Raises BadSnapshot, or NotEnoughMemory with what is missing.
+    """
+    network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
+    check_room(network, shape, cache_tokens)
+    nodes = np.union1d(candidates(network, objective), [stage.node for chain in warm for stage in chain]).astype(int)
+    place = {node: number for number, node in enumerate(nodes.tolist())}
+    problem = network.problem(nodes)
+    sharing = replicas and network.node_count > 1
+    kept_s = remaining_s() * SHARING_SHARE if sharing and objective.bottleneck else 0.0
+    try:
+        solved = solve_chain(
+            problem,
+            objective,
+            rng=rng,
+            remaining_s=lambda: remaining_s() - kept_s,
+            warm=[tuple(Stage(place[node], start, end) for node, start, end in chain) for chain in warm],
+            workers=workers,
+        )
+    except NotEnoughMemory:
+        raise no_chain_fits(network, shape, cache_tokens) from None
+    rivals = {name: rule(problem) for name, rule in RULES.items()}
+    alone = evaluate(network, teams_of(solved.chain, nodes))
+    shared, method = alone, solved.method
+    if sharing:
+        chains = [solved.chain, *(chain for chain in rivals.values() if chain is not None)]
+        shared = share_out(
+            network, [teams_of(chain, nodes) for chain in chains], objective, rng=rng, remaining_s=remaining_s
+        )
+        if any(len(team.nodes) > 1 for team in shared.teams):
+            method += " + replicas"
+    bound_s = plan_bound(network, problem, objective, solved, replicas=sharing)
+    value = shared.value(objective)
+    bound_s = min(bound_s, value)
+    return Plan(
+        model=shape.model,
+        model_name=shape.name,
+        block_count=shape.block_count,
+        objective=objective,
+        stages=_stages(network, shared),
+        left_out=left_out(network, shared, objective, replicas=sharing),
+        bottleneck_s=shared.bottleneck_s,
+        latency_s=shared.latency_s,
+        lower_bound_s=bound_s,
+        gap=value / bound_s - 1 if bound_s > 0 else 0.0,
+        method=method,
+        alternatives=(*_alternatives(problem, rivals), _one_node(network)),
+        assumptions=network.assumptions,
+    )
+
+
+def plan_bound(
+    network: Network, problem: ChainProblem, objective: Objective, solved: Solved, *, replicas: bool
+) -> float:
+    """What no plan over the whole network beats. Replicas change no latency, so there the chain's bound holds."""
+    every_node = problem.node_count == network.node_count
+    if every_node and (not replicas or objective.bottleneck == 0):
+        return solved.lower_bound_s
+    if every_node:
+        return lower_bound(problem, objective, replicas=True)
+    floors = network.floors()
+    bottleneck_s = bottleneck_floor(floors, replicas=replicas) if objective.bottleneck else 0.0
+    return objective.value(bottleneck_s, latency_floor(floors) if objective.latency else 0.0)
+
+
+def _stages(network: Network, shared: Shared) -> tuple[PlannedStage, ...]:
+    stages: list[PlannedStage] = []
+    before: int | None = None
+    for team in shared.teams:
+        leader, *others = team.nodes
+        way_s = network.ends_N[leader] if before is None else network.ways([before], [leader])[0, 0]
+        compute_s = float(network.work_L[team.start : team.end].sum() * network.time_N[leader])
+        peers = tuple(network.peers[node] for node in others)
+        stages.append(
+            PlannedStage(BlockRange(team.start, team.end), network.peers[leader], compute_s, float(way_s), peers)
+        )
+        before = leader
+    return tuple(stages)
+
+
+def _alternatives(problem: ChainProblem, rivals: Mapping[str, Chain | None]) -> list[Alternative]:
+    others: list[Alternative] = []
+    for name, chain in rivals.items():
+        if chain is None:
+            others.append(Alternative(name, None, None, "its rule asks more of a node's memory than there is"))
+        else:
+            others.append(Alternative(name, *problem.cost(chain)))
+    return others
+
+
+def _one_node(network: Network) -> Alternative:
+    """The whole model on the best single node."""
+    need, name = float(network.bytes_L.sum()), "one node alone"
+    fits_N = network.memory_N >= need
+    if not fits_N.any():
+        missing = (need - float(network.memory_N.max())) / 2**30
+        return Alternative(name, None, None, f"{missing:.3g} GiB are missing on the largest node")
+    compute_N = float(network.work_L.sum()) * network.time_N
+    latency_N = np.where(fits_N, compute_N + 2 * network.ends_N + network.client_s, math.inf)
+    node = int(latency_N.argmin())
+    turn_s = max(float(compute_N[node] + network.ends_N[node]), float(network.ends_N[node]) + network.client_s)
+    return Alternative(name, turn_s, float(latency_N[node]))

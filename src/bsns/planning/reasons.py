@@ -1,0 +1,110 @@
+"""Reasons, in words: why a node holds nothing under a plan, and what is missing where a model fits nowhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bsns.core.errors import NotEnoughMemory
+from bsns.core.plan import LeftOut, Objective
+from bsns.core.snapshot import ModelShape
+from bsns.planning.bounds import most_work
+from bsns.planning.network import Network
+from bsns.planning.problem import Floats
+from bsns.planning.replicas import Shared
+
+WEIGHT_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "int4": 4}
+SMALLER = ("int8", "int4")
+
+
+def left_out(network: Network, shared: Shared, objective: Objective, *, replicas: bool) -> tuple[LeftOut, ...]:
+    """A reason for each node outside the teams."""
+    inside = {node for team in shared.teams for node in team.nodes}
+    outside = [node for node in range(network.node_count) if node not in inside]
+    if not outside:
+        return ()
+    smallest = float(network.bytes_L.min())
+    least_range = min(float(network.bytes_L[team.start : team.end].sum()) for team in shared.teams)
+    slowest_s = max(shared.stage_s)
+    block_N = network.time_N * float(network.work_L.min())
+    way_N = np.minimum(network.floors().way_N, network.ends_N)
+    reasons: list[LeftOut] = []
+    for node in outside:
+        room, alone_s, way_s = float(network.memory_N[node]), float(block_N[node]), float(way_N[node])
+        if room < smallest:
+            reason = f"no room for one block: it may use {_size(room)}, a block with its cache takes {_size(smallest)}"
+        elif replicas and room < least_range:
+            reason = f"no stage's range fits: it may use {_size(room)}, the smallest takes {_size(least_range)}"
+        elif replicas:
+            reason = "as a replica it would make no slow stage faster: its way to the others is too long"
+        elif alone_s > slowest_s:
+            reason = f"one block alone would take {_ms(alone_s)} on it, the slowest stage takes {_ms(slowest_s)}"
+        elif alone_s + way_s > slowest_s:
+            reason = (
+                f"its links are too slow: {_ms(way_s)} to the nearest and {_ms(alone_s)} for one block, "
+                f"the slowest stage takes {_ms(slowest_s)}"
+            )
+        elif objective.bottleneck == 0:
+            reason = "every token would take longer with it"
+        else:
+            reason = "no better plan with it was found"
+        reasons.append(LeftOut(network.peers[node], reason))
+    return tuple(reasons)
+
+
+def check_room(network: Network, shape: ModelShape, cache_tokens: int) -> None:
+    """Raises NotEnoughMemory where nodes cannot hold all blocks between them, however they are cut."""
+    fitting = _blocks_that_fit(network, network.bytes_L)
+    if fitting < len(network.bytes_L):
+        raise NotEnoughMemory(_shortage(network, shape, cache_tokens, fitting))
+
+
+def no_chain_fits(network: Network, shape: ModelShape, cache_tokens: int) -> NotEnoughMemory:
+    """For a model that would fit but for how its unequal blocks fall."""
+    fitting = _blocks_that_fit(network, network.bytes_L)
+    return NotEnoughMemory(_shortage(network, shape, cache_tokens, fitting))
+
+
+def _blocks_that_fit(network: Network, bytes_L: Floats) -> int:
+    return int(most_work(np.ones(len(bytes_L)), bytes_L, network.memory_N).sum())
+
+
+def _shortage(network: Network, shape: ModelShape, cache_tokens: int, fitting: int) -> str:
+    need, have = float(network.bytes_L.sum()), float(network.memory_N.sum())
+    nodes = f"{network.node_count} node" + "s" * (network.node_count > 1)
+    head = (
+        f"{shape.name} in {shape.dtype} takes {_size(need)}, {cache_tokens} tokens of cache included; "
+        f"the {nodes} may use {_size(have)}"
+    )
+    if have < need:
+        missing = f"{_size(need - have)} are missing"
+    else:
+        largest = _size(float(network.bytes_L.max()))
+        counted = min(fitting, shape.block_count)
+        missing = (
+            f"enough in total, but blocks of {largest} do not divide over them: {counted} of {shape.block_count} fit"
+            if fitting < shape.block_count
+            else f"enough in total, but no order of the nodes was found in which blocks of up to {largest} fit"
+        )
+    return f"{head}: {missing}; {_remedy(network, shape, cache_tokens)}"
+
+
+def _remedy(network: Network, shape: ModelShape, cache_tokens: int) -> str:
+    bits = WEIGHT_BITS.get(shape.dtype)
+    weights_L = np.array(shape.block_bytes, dtype=np.float64)
+    for dtype in SMALLER:
+        if bits is None or WEIGHT_BITS[dtype] >= bits:
+            continue
+        bytes_L = weights_L * WEIGHT_BITS[dtype] / bits + shape.kv_bytes_per_token_per_block * cache_tokens
+        if _blocks_that_fit(network, bytes_L) >= shape.block_count:
+            return f"in {dtype} it would fit ({_size(float(bytes_L.sum()))})"
+    if cache_tokens and _blocks_that_fit(network, weights_L) >= shape.block_count:
+        return "it would fit with fewer cache tokens"
+    return "it would not fit in int4 either; add nodes" if bits else "add nodes"
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB" if size >= 2**28 else f"{size / 2**20:.3g} MiB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
