@@ -128,11 +128,13 @@ def select(
     taken, by up to `max_cases` splits in all (planning.walks); beyond that it may come back to a node.
     """
     traits = traits or Traits.plain(problem.node_count)
+    # Whoever holds a range has room for it; where nodes would have to load theirs, all of them together must have room.
+    memory_N = problem.memory_N if reach_NL is None else np.full(problem.node_count, math.inf)
     reach_NL = fitting_reach(problem) if reach_NL is None else reach_NL.copy()
     out_N = np.array([peer in banned for peer in problem.peers]) | (weights.attested_only & ~traits.attested_N)
     reach_NL[out_N] = 0
     ways = weighted_ways(problem, weights, traits, reach_NL)
-    return _Picking(ways, weights.lookahead, problem, max_cases).chain()
+    return _Picking(ways, weights.lookahead, memory_N, problem.bytes_L, max_cases).chain()
 
 
 def held_reach(held: Sequence[Sequence[BlockRange]], block_count: int) -> Ints:
@@ -181,12 +183,12 @@ def weighted_ways(problem: ChainProblem, weights: Weights, traits: Traits, reach
 class _Picking:
     """One run of the recursion."""
 
-    def __init__(self, ways: Ways, lookahead: float, problem: ChainProblem, max_cases: int) -> None:
+    def __init__(self, ways: Ways, lookahead: float, memory_N: Floats, bytes_L: Floats, max_cases: int) -> None:
         self._ways = ways
         self._lookahead = lookahead
-        usable_N = np.minimum(problem.memory_N, problem.bytes_L.sum())
+        usable_N = np.minimum(memory_N, bytes_L.sum())
         self._memory_N = np.where(ways.reach_NL.max(axis=1, initial=0) > 0, usable_N, 0.0)
-        self._bytes_left_L = np.append(problem.bytes_L[::-1].cumsum()[::-1], 0.0)
+        self._bytes_left_L = np.append(bytes_L[::-1].cumsum()[::-1], 0.0)
         self._cases_left = max_cases
 
     def chain(self) -> Chain | None:

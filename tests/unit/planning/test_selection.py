@@ -97,6 +97,12 @@ def test_memory_and_held_ranges_bound_what_is_taken() -> None:
     assert select(two, PRESETS["fast"], reach_NL=held) == (Stage(1, 0, 2), Stage(0, 2, 4))
 
 
+def test_whoever_holds_a_range_has_room_for_it() -> None:
+    held = held_reach([[BlockRange(0, 4)], [BlockRange(2, 4)]], 4)
+    chosen = select(problem([0.002, 0.001], [1.0, 1.0], hop_s=0.0), PRESETS["fast"], reach_NL=held)
+    assert chosen == (Stage(0, 0, 2), Stage(1, 2, 4))
+
+
 def test_without_a_look_ahead_the_next_step_is_all_that_counts() -> None:
     # The nearest first step leads to a node whose way on is long.
     hop_NN = np.array([[0.0, 0.5, 0.5], [0.5, 0.0, 0.01], [0.5, 0.01, 0.0]])
