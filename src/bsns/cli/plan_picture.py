@@ -101,9 +101,7 @@ def _draw_blocks(axes: Axes, plan: Plan) -> None:
     axes.set_yticks([])
     axes.set_xlabel("blocks; each stage with its time for a token")
     if len(patches) <= 16:
-        axes.legend(
-            handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.9), ncols=6, fontsize=8, frameon=False
-        )
+        axes.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, -0.9), ncols=6, fontsize=8, frameon=False)
 
 
 def _places(distance_NN: Floats) -> list[tuple[float, float]]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 ONE_NODE = "one node alone"
 """What the planner calls the alternative of not cutting the model."""
 MAX_REASONS = 12
+PROVEN = 1e-4
+"""A gap below this is a rounding of the proof's."""
 
 
 def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
@@ -25,8 +27,8 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
     out.print(_stages(plan, snapshot))
     say(f"predicted: {speeds(plan)}")
     bound = plan.lower_bound_s * 1e3
-    if plan.gap <= 1e-9:
-        say(f"no plan can be better: found by {plan.method}, which proves it ({bound:.3g} ms)")
+    if plan.gap < PROVEN:
+        say(f"no plan can be better: found by {plan.method}, and proven ({bound:.4g} ms)")
     else:
         value = plan.value * 1e3
         say(

@@ -1,0 +1,190 @@
+"""`bsns plan`: who should hold which blocks, how fast that will be, and how far from the best possible it is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bsns.cli.console import Dtype, JsonFlag, Say, doing, emit, err, parse_seconds, run
+from bsns.cli.plan_table import as_dict, show
+from bsns.core.errors import BadOption, MissingBlocks
+from bsns.core.plan import Objective, Plan
+from bsns.core.snapshot import ModelShape, Snapshot
+
+if TYPE_CHECKING:
+    from bsns.node.trial import Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """The swarm as it is: what is predicted of the route it offers, and what that does."""
+
+    predicted_tokens_per_s: float | None
+    trial: Trial
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="As for the other verbs, or a .json file with the shape of a model."),
+    ],
+    join: Annotated[
+        str | None, typer.Option("--join", envvar="BSNS_INVITE", metavar="INVITE", help="Plan for this swarm.")
+    ] = None,
+    snapshot: Annotated[
+        Path | None, typer.Option("--snapshot", metavar="FILE", help="Plan for the swarm in a snapshot file.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="NAME", help="throughput, latency, or mixed.")
+    ] = "throughput",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", metavar="TEXT", help="Choose node by node by your own weights, e.g. latency=1,price=2."
+        ),
+    ] = None,
+    deadline: Annotated[str, typer.Option("--deadline", metavar="TIME", help="How long to search.")] = "2s",
+    cache_tokens: Annotated[
+        int, typer.Option("--cache-tokens", min=1, metavar="N", help="KV cache each node promises, in tokens.")
+    ] = 2048,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="Precision of the weights; auto: as the swarm does.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Of the search; the same gives the same plan.")] = 0,
+    trial: Annotated[
+        bool, typer.Option("--trial/--no-trial", help="With --join: generate a few tokens, to compare.")
+    ] = True,
+    save_snapshot: Annotated[
+        Path | None, typer.Option("--save-snapshot", metavar="FILE", help="Keep the snapshot that was planned for.")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw the plan.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Plan which node should hold which blocks, and say how far the plan is from the best possible.
+
+    It changes nothing: nodes follow the plans of the swarm's own orchestrator, which plans in the same way.
+
+    Example:
+      bsns plan smollm2-135m --join bsns1-…
+      bsns plan smollm2-135m --snapshot office.json --objective latency --svg plan.svg
+    """
+
+    async def verb() -> None:
+        if (join is None) == (snapshot is None):
+            raise BadOption("give either --join INVITE for a running swarm or --snapshot FILE")
+        wanted, deadline_s = Objective.named(objective), parse_seconds(deadline)
+        with doing("loading libraries", quiet=as_json) as say:
+            present: Present | None = None
+            if join is not None:
+                seen, shape, present = await _ask_swarm(model, join, dtype, say, trial=trial)
+            else:
+                assert snapshot is not None
+                seen, shape = Snapshot.from_json(_read(snapshot)), await asyncio.to_thread(_shape, model, dtype, [])
+            if save_snapshot is not None:
+                _write(save_snapshot, seen.to_json())
+            say("planning")
+            client_s = present.trial.client_s if present else 0.0
+            made = await asyncio.to_thread(
+                _make, seen, shape, wanted, weights, cache_tokens, client_s, deadline_s, seed
+            )
+            if svg is not None:
+                say("drawing")
+                await asyncio.to_thread(_draw, made, seen, shape, svg)
+        if as_json:
+            emit(as_dict(made, present))
+        else:
+            show(made, seen, present)
+
+    run(verb(), as_json=as_json)
+
+
+async def _ask_swarm(
+    model: str, invite: str, dtype: Dtype, say: Say, *, trial: bool
+) -> tuple[Snapshot, ModelShape, Present | None]:
+    """The swarm's snapshot, the model's shape, and what the swarm does as it is, where it can be tried."""
+    from bsns.node.snapshots import observe_snapshot
+
+    say("asking the swarm")
+    seen = await observe_snapshot(invite)
+    shape = await asyncio.to_thread(_shape, model, dtype, [node.dtype for node in seen.nodes])
+    if not trial:
+        return seen, shape, None
+    from bsns.node.client import Client
+    from bsns.node.trial import predicted_tokens_per_s, try_out
+
+    say("trying the swarm as it is")
+    tried: Trial | None = None
+    try:
+        async with Client(invite, model) as client:
+            tried = await try_out(client)
+    except MissingBlocks as error:  # an incomplete swarm is just what one plans for
+        err.print(f"the swarm cannot be tried as it is: {error.message}", style="yellow", markup=False, highlight=False)
+    if tried is None:
+        return seen, shape, None
+    return seen, shape, Present(predicted_tokens_per_s(tried.route, seen, shape, tried.client_s), tried)
+
+
+def _shape(model: str, dtype: Dtype, in_use: list[str]) -> ModelShape:
+    file = Path(model).expanduser()
+    if file.suffix == ".json" and file.is_file():
+        return ModelShape.from_json(_read(file))
+    from bsns.model.shapes import shape_of
+    from bsns.model.source import resolve
+
+    common = max(set(in_use), key=in_use.count) if in_use else "bfloat16"
+    return shape_of(resolve(model), common if dtype == "auto" else dtype)
+
+
+def _make(
+    seen: Snapshot,
+    shape: ModelShape,
+    objective: Objective,
+    weights: str | None,
+    cache_tokens: int,
+    client_s: float,
+    deadline_s: float,
+    seed: int,
+) -> Plan:
+    import numpy as np
+
+    from bsns.planning.planner import make_plan
+
+    end_s = time.monotonic() + deadline_s
+    return make_plan(
+        seen,
+        shape,
+        objective=objective,
+        cache_tokens=cache_tokens,
+        client_s=client_s,
+        rng=np.random.default_rng(seed),
+        remaining_s=lambda: end_s - time.monotonic(),
+        workers=2,
+    )
+
+
+def _draw(made: Plan, seen: Snapshot, shape: ModelShape, svg: Path) -> None:
+    from bsns.cli.plan_picture import draw_plan
+
+    try:
+        draw_plan(made, seen, shape, svg)
+    except OSError as error:
+        raise BadOption(f"{svg} cannot be written: {error.strerror}") from None
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BadOption(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _write(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        raise BadOption(f"{file} cannot be written: {error.strerror}") from None
