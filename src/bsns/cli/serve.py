@@ -75,7 +75,7 @@ def serve(
     ] = True,
     first_blocks: Annotated[str | None, typer.Option("--first-blocks", metavar="START:END", hidden=True)] = None,
     most_blocks: Annotated[int | None, typer.Option("--most-blocks", metavar="N", min=1, hidden=True)] = None,
-    lease_s: Annotated[float, typer.Option("--lease-s", metavar="SECONDS", hidden=True)] = LEASE_S,
+    lease_s: Annotated[float, typer.Option("--lease-s", min=0.1, metavar="SECONDS", hidden=True)] = LEASE_S,
     as_json: JsonFlag = False,
     leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
 ) -> None:
@@ -99,6 +99,7 @@ def serve(
         memory_bytes = parse_size(memory)
         if public and join:
             raise BadOption("--public founds a new swarm, --join enters one; give only one of them")
+        Objective.named(objective)
         async with contextlib.AsyncExitStack() as stack:
             with doing("loading libraries", quiet=as_json) as say:
                 from bsns.model.source import resolve
@@ -117,9 +118,8 @@ def serve(
 
                 told("looking at the model")
                 source = await asyncio.to_thread(resolve, model, progress=told)
-                Objective.named(objective)  # a mistake is told before the swarm is troubled
                 for asked in (blocks, first_blocks):
-                    if asked not in (None, "auto"):
+                    if asked not in (None, "auto"):  # a mistake is told before the swarm is troubled
                         BlockRange.parse(asked, source.block_count)
                 told("joining the swarm" if join else "founding a swarm")
                 options = ServeOptions(

@@ -7,6 +7,7 @@ itself (planning.joining). Nodes that were pinned to their blocks take no part: 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +33,8 @@ CACHE_TOKENS = 2048
 """Of cache that every node of a plan has room for."""
 PLAN_S = 2.0
 """The most a search for a better plan may take; it shares its process with a node that serves."""
+QUIET_LEASES = 6
+"""While nothing changes, a better plan is looked for only once in so many leases' time."""
 LEAST_WAIT_S = 0.02
 
 Obey = Callable[[PlanRecord | None, Sequence[NodeRecord], float], None]
@@ -101,7 +104,8 @@ class Orchestrator:
         self._draw = own_draw
         self.election = Election(self._me, own_draw, checked, lease_s=lease_s, stands=stands)
         self._reign = Reign()
-        self._planned_s = -lease_s
+        self._planned_s = -math.inf
+        self._planned_for: tuple[object, ...] = ()
         self._search: asyncio.Task[Proposal | None] | None = None
         self._trouble = ""
 
@@ -205,7 +209,7 @@ class Orchestrator:
         self._take_up([record])
 
     async def _govern(self, records: Sequence[NodeRecord]) -> None:
-        """Look for a better plan once in a lease's time, and publish what was found if it is worth it."""
+        """Look for a better plan once in a lease's time if the swarm has changed, and publish one that is worth it."""
         now_s = self._clock()
         if self._search is not None and self._search.done():
             search, self._search = self._search, None
@@ -215,8 +219,13 @@ class Orchestrator:
                 renewed = replace(lease, expires_s=now_s + self.election.lease_s)
                 await self._store(self._record(renewed, proposal))
                 log.info("published a plan", reason=proposal.reason, term=renewed.term)
-        elif self._search is None and now_s - self._planned_s >= self.election.lease_s:
-            self._planned_s = now_s
+            return
+        plan = self.plan
+        looks = (plan.term, plan.version) if plan is not None else (), *(_look_of(record) for record in records)
+        quiet = looks == self._planned_for and plan is not None and plan.version > 0
+        wait_s = self.election.lease_s * (QUIET_LEASES if quiet else 1)
+        if self._search is None and now_s - self._planned_s >= wait_s:
+            self._planned_s, self._planned_for = now_s, looks
             self._search = asyncio.create_task(asyncio.to_thread(self._propose, records, now_s))
 
     def _propose(self, records: Sequence[NodeRecord], now_s: float) -> Proposal | None:
@@ -235,3 +244,9 @@ class Orchestrator:
         if reason and reason != self._trouble:
             log.warning("the directory does not answer the orchestrator; trying again", reason=reason)
         self._trouble = reason
+
+
+def _look_of(record: NodeRecord) -> tuple[object, ...]:
+    """What of a node matters to plans: where it is, and its speed, in steps of about a fifth."""
+    speed = round(4 * math.log2(record.block_time_s)) if record.block_time_s > 0 else None
+    return record.peer, record.state, record.ranges, record.follows, record.memory_bytes, speed

@@ -184,9 +184,9 @@ class Server:
             left = self.worker.sessions.cache_tokens_left
             changed = self._changed.is_set() or self.prober.has_news()
             changed |= abs(left - self.record.cache_tokens_left) > self.record.cache_tokens / 8
-            self._changed.clear()
             if time.monotonic() - published_s < ANNOUNCE_S and not changed:
                 continue
+            self._changed.clear()
             try:
                 await self.publish()
             except BsnsError as error:
@@ -195,6 +195,9 @@ class Server:
                 log.exception("could not announce; trying again")  # a node that falls silent here is lost to all
             else:
                 published_s = time.monotonic()
+                continue
+            self._changed.set()
+            await asyncio.sleep(LOOK_S)
 
 
 def _renewed(record: NodeRecord, worker: Worker) -> NodeRecord:

@@ -159,8 +159,8 @@ async def test_a_plan_worth_moving_for_gets_a_new_version_and_then_things_stay(w
     assert {peer: (r.start, r.end) for peer, r in ranges_of(plan).items()} == world.answer
     world.move()
     searched = world.searches
-    await world.run(4 * LEASE_S)
-    assert world.searches >= searched + 3
+    await world.run(13 * LEASE_S)
+    assert searched + 2 <= world.searches <= searched + 4  # while nothing changes it looks seldom
     assert {node.plan.version for node in world.nodes.values() if node.plan is not None} == {1}
     assert all(node.plan is not None and node.plan.expires_s > world.now_s for node in world.nodes.values())
 
