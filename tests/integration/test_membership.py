@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
@@ -20,11 +22,14 @@ from bsns.core.ids import ModelId
 from bsns.protocol.frames import MAX_BODY_BYTES, PREFIX
 from bsns.protocol.greeting import Refusal
 from bsns.protocol.inference import Ping, Pong
+from bsns.protocol.plans import Assignment, PlanRecord, SignedPlan
 from bsns.protocol.records import NodeRecord, SignedRecord
+from bsns.swarm.dht_guard import MAX_PLANS
 from bsns.swarm.hivemind_directory import HivemindDirectory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder, invite_text, parse_invite
 from bsns.swarm.membership import Membership, admit, introduce
+from bsns.swarm.plans import MAX_PLAN_BYTES, draw, plan_statement, sign_plan
 from bsns.swarm.records import MAX_RECORD_BYTES, record_statement, sign_record
 from bsns.transport.libp2p import Libp2pTransport
 from bsns.transport.port import Stream
@@ -298,6 +303,82 @@ async def test_forged_replayed_and_oversized_records_are_refused(swarm: Swarm) -
     assert shown == record
 
 
+def plan_of(node: Node, term: int = 1, **changes: object) -> PlanRecord:
+    now_s = time.time()
+    membership = node.membership
+    plan = PlanRecord(
+        *(node.transport.peer, ModelId("m" * 64), 30, "float32", term),
+        draw(membership.identity, membership.swarm, ModelId("m" * 64), term),
+        *(1, (1.0, 0.0), (Assignment(node.transport.peer, 0, 30),), 0.1, 0.1, 0.1, now_s, now_s + 30.0),
+    )
+    return msgspec.structs.replace(plan, **changes)
+
+
+async def test_plans_lie_beside_the_records_under_their_authors_and_nobody_elses(swarm: Swarm) -> None:
+    mallory, author, first = await swarm.join(), await swarm.join(), swarm.first
+    plan = plan_of(author)
+    await author.directory.publish_plan(plan)
+
+    async def shown(wanted: PlanRecord) -> bool:
+        return await first.directory.plans() == [wanted]
+
+    await until(lambda: shown(plan))
+    renewed = msgspec.structs.replace(plan, expires_s=plan.expires_s + 5, issued_s=plan.issued_s + 5)
+    await author.directory.publish_plan(renewed)
+    await until(lambda: shown(renewed))
+    assert await first.sees()  # no plan is a node's record
+
+    key, peer = first.directory._plans.key, author.transport.peer
+    replayed = sign_plan(plan, author.membership)
+    assert not await store_raw(mallory, first, key, peer, replayed, plan.expires_s)
+    assert not await store_raw(mallory, first, key, peer, replayed, renewed.expires_s + 1)
+    assert not await store_raw(mallory, first, key, mallory.transport.peer, replayed, plan.expires_s)
+    assert not await store_raw(mallory, first, first.directory._nodes.key, peer, replayed, plan.expires_s)
+    # another's lot; a record where plans lie; an oversized one
+    stolen = plan_of(mallory, lot=plan.lot)
+    payload = msgspec.msgpack.encode(stolen)
+    signature = mallory.membership.identity.sign(plan_statement(first.membership.swarm, payload))
+    forged = msgspec.msgpack.encode(SignedPlan(payload, signature, mallory.membership.certificate))
+    assert not await store_raw(mallory, first, key, mallory.transport.peer, forged, stolen.expires_s)
+    record = mallory.record()
+    signed = sign_record(record, mallory.membership)
+    assert not await store_raw(mallory, first, key, mallory.transport.peer, signed, record.expires_s)
+    huge = bytes(MAX_PLAN_BYTES + 1)
+    assert not await store_raw(mallory, first, key, mallory.transport.peer, huge, time.time() + 30)
+    # the witness
+    fair = plan_of(mallory)
+    assert await store_raw(
+        mallory, first, key, mallory.transport.peer, sign_plan(fair, mallory.membership), fair.expires_s
+    )
+    assert len(await first.directory.plans()) == 2
+
+
+async def test_a_full_shelf_of_plans_takes_a_better_lease(swarm: Swarm) -> None:
+    """Whoever loses elections on purpose cannot keep the winner's plan out."""
+    first, late = swarm.first, await swarm.join()
+    protocol, shelf = first.directory._node.protocol, first.directory._plans
+    key = DHTID.generate(source=shelf.key)
+
+    def put(node: Node, plan: PlanRecord) -> bool:
+        value = msgspec.msgpack.encode(sign_plan(plan, node.membership))
+        subkey = msgspec.msgpack.encode(node.transport.peer)
+        if not protocol._validate_record(shelf.id_bytes, subkey, value, plan.expires_s):
+            return False
+        return bool(protocol.storage.store(key, value, plan.expires_s, subkey=node.transport.peer))
+
+    crowd = []
+    for _ in range(MAX_PLANS):
+        invite = swarm.founder.make_invite((), 3600, now_s=time.time())
+        membership = Membership.from_invite(Identity.draw(), invite)
+        crowd.append(Node(cast("Libp2pTransport", SimpleNamespace(peer=membership.peer)), membership, late.directory))
+    assert all(put(node, plan_of(node, term=5)) for node in crowd)
+    assert not put(late, plan_of(late, term=4))
+    assert put(late, plan_of(late, term=6))
+    plans = await first.directory.plans()
+    assert len(plans) == MAX_PLANS
+    assert late.transport.peer in {plan.author for plan in plans}
+
+
 async def test_a_goodbye_cannot_be_undone_by_replaying_the_record(swarm: Swarm) -> None:
     mallory, victim, first = await swarm.join(), await swarm.join(), swarm.first
     record = victim.record()
@@ -306,7 +387,9 @@ async def test_a_goodbye_cannot_be_undone_by_replaying_the_record(swarm: Swarm) 
     signed = sign_record(record, victim.membership)
     await victim.directory.withdraw(record)
     await until(lambda: first.sees())
-    assert not await store_raw(mallory, first, first.directory._nodes.key, victim.transport.peer, signed, record.expires_s)
+    assert not await store_raw(
+        mallory, first, first.directory._nodes.key, victim.transport.peer, signed, record.expires_s
+    )
     assert await first.sees()
 
 
