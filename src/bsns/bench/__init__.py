@@ -1,1 +1,8 @@
-"""Measurements that a stranger can repeat: one file per `bsns bench` verb."""
+"""Measurements that a stranger can repeat: one file per `bsns bench` verb, and what some of them stand on.
+
+emulation  a network of places on this machine, each a namespace
+forwarder  the process that delays and paces its packets
+nursery    nodes in these places, forked where the libraries are loaded
+settings   random swarms of unequal nodes and ways
+pipes      the ceiling of a pipeline of processes
+"""

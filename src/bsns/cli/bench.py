@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from bsns.cli.console import JsonFlag, doing, emit, out, run
+from bsns.core.errors import BadOption
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine. Every verb takes --json and --quick.")
 
@@ -43,6 +44,56 @@ def decode(
             out.print(_table(figures))
 
     run(verb(), as_json=as_json)
+
+
+@app.command()
+def swarm(
+    model: Annotated[str, typer.Argument(help="The model to measure with.")] = "smollm2-135m",
+    settings: Annotated[int | None, typer.Option("--settings", min=1, help="Random swarms; 10, or 2 if quick.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed draws the same swarms.")] = 0,
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Planned layouts against an equal split, predicted and measured: unequal nodes in an emulated network.
+
+    Needs root, for network namespaces. The full form takes some 10 minutes.
+
+    Example: sudo bsns bench swarm --quick
+    """
+
+    async def verb() -> None:
+        from bsns.bench.emulation import hindrance
+
+        if (problem := hindrance()) is not None:
+            raise BadOption(problem)
+        from bsns.bench.swarm import bench_swarm
+
+        count = settings or (2 if quick else 10)
+        with doing("starting", quiet=as_json) as update:
+            figures = await bench_swarm(model, settings=count, seed=seed, quick=quick, told=update)
+        if as_json:
+            emit(figures)
+        else:
+            out.print(_swarm_table(figures))
+            out.print(_table(figures["summary"]))
+
+    run(verb(), as_json=as_json)
+
+
+def _swarm_table(figures: dict[str, Any]) -> Table:
+    view = Table("setting", "tokens/s of", "equal split", "planned", "gain predicted", "measured")
+    for row in figures["settings"]:
+        for objective, streams in (("latency", 1), ("throughput", figures["streams"])):
+            compared = row[objective]
+            speeds = (compared[name] for name in ("equal", "planned"))
+            view.add_row(
+                str(row["number"]),
+                f"{streams} stream{'s' if streams > 1 else ''}",
+                *(f"{speed['measured']} ({speed['predicted']} predicted)" for speed in speeds),
+                f"{compared['predicted_gain']:+.0%}",
+                f"{compared['measured_gain']:+.0%}",
+            )
+    return view
 
 
 def _table(figures: dict[str, Any]) -> Table:
