@@ -30,7 +30,7 @@ Told = Callable[[str], None]
 
 SHAPE = ModelShape(ModelId("llama-8b-like"), "llama-8b-like", (500_000_000,) * 32, 0, 8192)
 OBJECTIVE = Objective.named("throughput")
-SIZES = (8, 12, 16, 24, 32, 48)
+SIZES = (12, 32, 8, 24, 16, 48)
 LOOKED_AT = 3
 """m."""
 DRAWS = 25
@@ -55,7 +55,7 @@ class Effort:
 
 
 QUICK = Effort(seeds=2, library=18, held_out=9, build_s=0.15, best_s=0.4, refine_s=0.2)
-FULL = Effort(seeds=3, library=72, held_out=36, build_s=0.5, best_s=2.0, refine_s=0.3)
+FULL = Effort(seeds=3, library=36, held_out=18, build_s=0.5, best_s=1.0, refine_s=0.3)
 
 
 def run_ablation(quick: bool, told: Told) -> dict[str, Any]:

@@ -12,6 +12,10 @@ bounds        what no plan beats
 replicas      several nodes for one range
 reasons       why a node was left out, and what memory is missing
 brkga         the genetic engine
+schemas       plans made beforehand, looked up by likeness
+schema_file   the file that holds them
+likeness      by what one tells how alike two swarms are
+transfer      a chain as roles, cast with the nodes of another swarm
 joining  what a node takes that joins a swarm without an orchestrator
 memory   how many blocks fit a node
 walks    the cheapest way over blocks and nodes, and chains that use each node once

@@ -43,13 +43,11 @@ class Distances:
     assumptions: tuple[str, ...] = ()
 
 
-def distances(
-    snapshot: Snapshot, *, size_bytes: float = REFERENCE_BYTES, most: int = MOST_POINTS, start: int | None = None
-) -> Distances:
+def distances(snapshot: Snapshot, *, size_bytes: float = REFERENCE_BYTES, most: int = MOST_POINTS) -> Distances:
     """The distances between the nodes, or between `most` that lie well spread over a larger swarm.
 
     The sample is a greedy permutation: each next node is the one farthest from those before it (Gonzalez, Theoretical
-    Computer Science 38, 1985); it begins with the fastest node unless `start` names one. A link that was not measured
+    Computer Science 38, 1985); it begins with the fastest node. A link that was not measured
     counts as the shortest way over those that were, nodes that no way joins as lying apart as far as any two known
     ones; `assumptions` says so. Raises BadSnapshot for a swarm without nodes and for impossible figures.
     """
@@ -66,8 +64,7 @@ def distances(
         index_M = np.arange(count)
         matrix_MM, radius_s = _rows(graph, index_M), 0.0
     else:
-        first = _fastest(snapshot.nodes) if start is None else start
-        index_M, matrix_MM, radius_s = _spread(graph, first, most)
+        index_M, matrix_MM, radius_s = _spread(graph, _fastest(snapshot.nodes), most)
     missing = count * (count - 1) // 2 - len(links)
     if missing:
         notes.append(
