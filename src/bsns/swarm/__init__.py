@@ -5,6 +5,10 @@ invites              founding a swarm and inviting into it
 membership           a node's own certificate, the judge of others', and the greeting that applies both
 records              a node's card, signed and opened
 snapshot             the records of all nodes as one frozen view (pure)
+probing              what a node knows of its ways to others, and whom it measures next (pure)
+bandwidth            which probe is sent next, and what its time says (pure)
+allowances           so much at once, so much a second; how many probes a node takes (pure)
+doctor               what looks wrong in a swarm (pure)
 election             who is the orchestrator: lots, a lease, its renewal (pure)
 plans                an orchestrator's lease and plan, signed and opened; which plan is obeyed (pure)
 directory            what a directory is, and one in memory for tests

@@ -22,7 +22,8 @@ FLOOR_S = 20e-6
 class Growth:
     """One measurement: ask for `size`, send that much, tell how long the answer `took`; until `size` is None.
 
-    `round_trip_s` is the least one known: what a probe takes beyond it, it has spent on the link.
+    `round_trip_s` is the least one known. What a probe takes beyond it, or beyond an earlier probe that took less, it
+    has spent on the link.
     """
 
     def __init__(self, round_trip_s: float) -> None:
@@ -37,6 +38,7 @@ class Growth:
     def took(self, elapsed_s: float) -> None:
         """The probe of `size` was answered after so long."""
         assert self.size is not None
+        self._round_trip_s = min(self._round_trip_s, elapsed_s)  # the pings may have met a busy node
         spent_s = max(elapsed_s - self._round_trip_s, FLOOR_S)
         self.busy_s += spent_s
         self._measured = self.size

@@ -49,8 +49,13 @@ def test_a_hopeless_way_is_tried_once() -> None:
 
 
 def test_what_is_too_quick_to_tell_counts_as_at_least_so_much() -> None:
-    growth, _ = measured(0.002, lambda size, number: 0.0019)
+    growth, _ = measured(0.002, lambda size, number: 0.002)
     assert growth.bytes_per_s == MAX_PROBE_BYTES / 20e-6
+
+
+def test_pings_that_met_a_busy_node_are_corrected_by_the_first_probe() -> None:
+    growth, _ = measured(0.050, lambda size, number: 0.001 + size / 1e7)
+    assert growth.bytes_per_s == pytest.approx(1e7, rel=0.02)
 
 
 def test_an_answer_late_by_accident_does_not_count() -> None:
