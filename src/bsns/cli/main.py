@@ -13,7 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import typer
 
 import bsns
-from bsns.cli import bench, chat, generate, serve, status, up
+from bsns.cli import bench, chat, doctor, generate, plan, serve, status, up
 from bsns.cli.console import EXIT_INTERRUPTED, EXIT_USER, leave, say_error
 
 app = typer.Typer(
@@ -42,6 +42,8 @@ _add("serve", serve.serve)
 _add("generate", generate.generate)
 _add("chat", chat.chat)
 _add("status", status.status)
+_add("doctor", doctor.doctor)
+_add("plan", plan.plan)
 app.add_typer(bench.app, name="bench")
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import bsns
 from bsns.cli.main import app
 
-VERBS = ["up", "serve", "generate", "chat", "status"]
+VERBS = ["up", "serve", "generate", "chat", "status", "doctor"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
