@@ -15,6 +15,7 @@ from dataclasses import replace
 import msgspec
 import structlog
 
+from bsns.core.blocks import missing_blocks
 from bsns.core.errors import BsnsError, NotTheOrchestrator, StalePlan
 from bsns.core.ids import PeerId
 from bsns.core.plan import Objective, Plan
@@ -104,8 +105,10 @@ class Orchestrator:
         self._draw = own_draw
         self.election = Election(self._me, own_draw, checked, lease_s=lease_s, stands=stands)
         self._reign = Reign()
+        self._ordered: PlanRecord | None = None  # the last that ordered anything: a new orchestrator goes on from there
         self._planned_s = -math.inf
         self._planned_for: tuple[object, ...] = ()
+        self._governed = 0
         self._search: asyncio.Task[Proposal | None] | None = None
         self._trouble = ""
 
@@ -167,7 +170,10 @@ class Orchestrator:
         holder = self.election.holder(self._clock())
         for plan in plans:
             try:
-                if self._reign.accept(plan, holder.holder if holder is not None else None):
+                new = self._reign.accept(plan, holder.holder if holder is not None else None)
+                if plan.version:
+                    self._ordered = plan
+                if new:
                     log.info("a plan is in force", term=plan.term, version=plan.version, author=plan.author)
             except (NotTheOrchestrator, StalePlan) as error:
                 log.debug("a plan was not accepted", reason=error.message)
@@ -221,6 +227,11 @@ class Orchestrator:
                 log.info("published a plan", reason=proposal.reason, term=renewed.term)
             return
         plan = self.plan
+        if self._governed != self.election.term:
+            self._governed = self.election.term
+            held = [blocks for record in records if record.state == "serving" for blocks in record.ranges]
+            if not missing_blocks(held, self._shape.block_count):
+                self._planned_s = now_s  # nothing is urgent: whoever has just come up answers its first requests first
         looks = (plan.term, plan.version) if plan is not None else (), *(_look_of(record) for record in records)
         quiet = looks == self._planned_for and plan is not None and plan.version > 0
         wait_s = self.election.lease_s * (QUIET_LEASES if quiet else 1)
@@ -229,8 +240,8 @@ class Orchestrator:
             self._search = asyncio.create_task(asyncio.to_thread(self._propose, records, now_s))
 
     def _propose(self, records: Sequence[NodeRecord], now_s: float) -> Proposal | None:
-        last = self._reign.plan
-        first = last is None or (last.author, last.term) != (self._me, self.election.term) or not last.version
+        last = self._ordered
+        first = last is None or (last.author, last.term) != (self._me, self.election.term)
         try:
             return propose(
                 records, last, self._shape, self._planner, self._objective, self._cache_tokens, now_s, first=first
