@@ -3,6 +3,7 @@
 emulation  a network of places on this machine, each a namespace
 forwarder  the process that delays and paces its packets
 nursery    nodes in these places, forked where the libraries are loaded
+layouts    chains of nodes under measurement: what is predicted of them, and what they did
 settings   random swarms of unequal nodes and ways
 pipes      the ceiling of a pipeline of processes
 """

@@ -8,26 +8,22 @@ split swarm measured of itself, then measured; layouts take turns, round after r
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from bsns.bench.emulation import Network, go_first, in_turn, measure
+from bsns.bench.layouts import Layout, as_plan, compared_speeds, measure_client_s, summary, until_answering
 from bsns.bench.nursery import Born, EmulatedSwarm, open_nursery
 from bsns.bench.settings import CLIENT, Setting, draw_settings
-from bsns.client.generate import Stats
-from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadOption, PeerFailed, PeerTimedOut
-from bsns.core.plan import Objective, Plan, PlannedStage
+from bsns.core.errors import PeerTimedOut
+from bsns.core.plan import Objective
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.model.shapes import shape_of
 from bsns.model.source import ModelSource, resolve
@@ -35,23 +31,19 @@ from bsns.node.client import Client
 from bsns.node.snapshots import observe_snapshot
 from bsns.planning.joining import equal_split
 from bsns.planning.planner import make_plan
-from bsns.planning.problem import Chain, ChainProblem, Stage, chain_problem
+from bsns.planning.problem import Chain, Stage, chain_problem
 from bsns.worker.throttle import VARIABLE
 
 DTYPE = "bfloat16"
 NODES = 6
-STREAMS = 12
+STREAMS = 8
 ROUNDS = 3
-TOKENS = 12
 CACHE_TOKENS = 1024
 NODE_TOKENS = 4096
 """Of cache that a node really has; what it may plan with is drawn with the setting."""
-PROMPT = "Once upon a time"
 PLAN_S = 3.0
 LOOK_S = 60.0
 """How long nodes may take to measure all their ways to each other."""
-WORTH = 0.10
-"""Where a plan promises less than this over the equal split, which of them is faster is left to chance."""
 
 Told = Callable[[str], None]
 
@@ -82,7 +74,7 @@ async def bench_swarm(model: str, *, settings: int, seed: int, quick: bool, told
         counts = network.counts()
     return {
         "settings": rows,
-        **_summary(rows),
+        "summary": summary(rows),
         "network": {"ways": ways, "packets": counts.packets, "dropped": counts.dropped},
         "model": {"name": source.name, "blocks": source.block_count},
         "seed": seed,
@@ -126,7 +118,7 @@ class Bench:
             split = dict(enumerate(equal_split(self.source.block_count, setting.nodes)))
             client, invite = await self._serve(stack, setting, split)
             told("measuring nodes and links")
-            client_s = await _client_s(client)
+            client_s = await measure_client_s(client)
             seen = await self._look(invite, setting)
             problem = chain_problem(seen, self.shape, cache_tokens=CACHE_TOKENS, client_s=client_s)
             chains = {"equal": tuple(Stage(node, blocks.start, blocks.end) for node, blocks in split.items())}
@@ -140,7 +132,7 @@ class Bench:
                     told(f"starting the layout for {name}")
                     ranges = {stage.node: BlockRange(stage.start, stage.end) for stage in chain}
                     its_client = client if name == "equal" else (await self._serve(stack, setting, ranges))[0]
-                    same = Layout(chain, its_client, _as_plan(self.shape, problem, chain))
+                    same = Layout(chain, its_client, as_plan(self.shape, problem, chain))
                 layouts[name] = same
             for number in range(self.rounds):
                 for objective, streams in (("latency", 1), ("throughput", STREAMS)):
@@ -154,8 +146,8 @@ class Bench:
             "room_blocks": [int(size // max(problem.bytes_L)) for size in setting.memory_bytes],
             "client_ms": round(client_s * 1e3, 2),
             "assumptions": list(problem.assumptions),
-            "latency": _compared(layouts["equal"], layouts["latency"], 1),
-            "throughput": _compared(layouts["equal"], layouts["throughput"], STREAMS),
+            "latency": compared_speeds(layouts["equal"], layouts["latency"], 1),
+            "throughput": compared_speeds(layouts["equal"], layouts["throughput"], STREAMS),
         }
 
     async def _serve(
@@ -176,6 +168,7 @@ class Bench:
         swarm = EmulatedSwarm(self.network, self.network.address(CLIENT), nodes)
         await stack.enter_async_context(swarm)
         client = await stack.enter_async_context(Client.on(swarm.peer, self.source, dtype=DTYPE))
+        await until_answering(client)
         return client, swarm.peer.invite
 
     async def _look(self, invite: str, setting: Setting) -> Snapshot:
@@ -214,103 +207,3 @@ class Bench:
             )
         numbers = {node.peer: number for number, node in enumerate(seen.nodes)}
         return tuple(Stage(numbers[stage.peer], stage.blocks.start, stage.blocks.end) for stage in plan.stages)
-
-
-@dataclass(eq=False, slots=True)
-class Layout:
-    """A chain of nodes that serve, what is predicted of it, and what was measured: tokens/s by streams."""
-
-    chain: Chain
-    client: Client
-    plan: Plan
-    measured: dict[int, list[float]] = field(default_factory=dict)
-    hop_ms: list[float] = field(default_factory=list)
-
-    async def run(self, streams: int) -> None:
-        """Decode so many answers at once, and note their speed while all of them decode. Raises PeerFailed."""
-        answers = await asyncio.gather(*(_answer(self.client) for _ in range(streams)))
-        for _, stats in answers:
-            route = tuple((hop.blocks.start, hop.blocks.end) for hop in stats.route)
-            if route != tuple((stage.start, stage.end) for stage in self.chain):  # each range is held by one node
-                raise PeerFailed(f"the route {route} is not the layout's")
-        begin_s = max(times_s[0] for times_s, _ in answers)
-        end_s = min(times_s[-1] for times_s, _ in answers)
-        inside = sum(begin_s < at_s <= end_s for times_s, _ in answers for at_s in times_s)
-        if not inside:
-            raise PeerFailed("the answers did not run at the same time")
-        self.measured.setdefault(streams, []).append(inside / (end_s - begin_s))
-        if streams == 1:
-            self.hop_ms.extend(answers[0][1].own_ms_per_hop())
-
-
-async def _answer(client: Client) -> tuple[list[float], Stats]:
-    """The seconds at which an answer's tokens came, and what it cost."""
-    stats, options = Stats(), SamplingOptions(max_tokens=TOKENS)
-    times_s = [time.perf_counter() async for _ in client.stream(PROMPT, options, raw=True, stats=stats)]
-    if len(times_s) != TOKENS:
-        raise BadOption(f"the model ended its answer after {len(times_s)} tokens; this benchmark needs {TOKENS}")
-    return times_s, stats
-
-
-async def _client_s(client: Client) -> float:
-    """The client's own share of a token: head, sampling, embedding, everything between a result and the next step."""
-    times_s, stats = await _answer(client)
-    gaps_ms = [(after_s - before_s) * 1e3 for before_s, after_s in pairwise(times_s)]
-    return statistics.median(gap - turn for gap, (turn, _) in zip(gaps_ms, stats.turns_ms[1:], strict=True)) / 1e3
-
-
-def _as_plan(shape: ModelShape, problem: ChainProblem, chain: Chain) -> Plan:
-    """A chain as a plan, which can say how fast it is."""
-    bottleneck_s, latency_s = problem.cost(chain)
-    stages = []
-    for stage, stage_s in zip(chain, problem.stage_s(chain), strict=True):
-        compute_s = float(problem.work_L[stage.start : stage.end].sum() * problem.time_N[stage.node])
-        blocks = BlockRange(stage.start, stage.end)
-        stages.append(PlannedStage(blocks, problem.peers[stage.node], compute_s, stage_s - compute_s))
-    return Plan(
-        model=shape.model,
-        model_name=shape.name,
-        block_count=shape.block_count,
-        objective=Objective(),
-        stages=tuple(stages),
-        left_out=(),
-        bottleneck_s=bottleneck_s,
-        latency_s=latency_s,
-        lower_bound_s=0.0,
-        gap=math.inf,
-        method="given",
-    )
-
-
-def _compared(equal: Layout, planned: Layout, streams: int) -> dict[str, Any]:
-    """Both layouts' speeds with so many streams, predicted and measured."""
-    row: dict[str, Any] = {}
-    for name, layout in (("equal", equal), ("planned", planned)):
-        predicted, speeds = layout.plan.tokens_per_s(streams), layout.measured[streams]
-        measured = statistics.median(speeds)
-        row[name] = {
-            "layout": " ".join(f"{stage.start}:{stage.end}@{stage.node}" for stage in layout.chain),
-            "predicted": round(predicted, 2),
-            "measured": round(measured, 2),
-            "spread": [round(min(speeds), 2), round(max(speeds), 2)],
-            "error": round(predicted / measured - 1, 3),
-        }
-    gains = {figure: row["planned"][figure] / row["equal"][figure] - 1 for figure in ("predicted", "measured")}
-    return row | {f"{figure}_gain": round(gain, 3) for figure, gain in gains.items()}
-
-
-def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
-    for objective in ("latency", "throughput"):
-        compared = [row[objective] for row in rows]
-        errors = [abs(row[name]["error"]) for row in compared for name in ("equal", "planned")]
-        worth = [row for row in compared if row["predicted_gain"] >= WORTH]
-        summary[objective] = {
-            "median_error": round(statistics.median(errors), 3),
-            "worst_error": round(max(errors), 3),
-            "promising": len(worth),
-            "kept": sum(row["measured_gain"] > 0 for row in worth),
-            "median_predicted_gain": round(statistics.median(row["predicted_gain"] for row in compared), 3),
-            "median_measured_gain": round(statistics.median(row["measured_gain"] for row in compared), 3),
-        }
-    return {"summary": summary}

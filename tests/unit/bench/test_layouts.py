@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from bsns.bench.swarm import Layout, _as_plan, _compared, _summary
+from bsns.bench.layouts import Layout, as_plan, compared_speeds, summary
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot, pair
 from bsns.node.client import Client
@@ -26,13 +26,13 @@ PLANNED: Chain = (Stage(0, 0, 4), Stage(1, 4, 6))
 
 
 def layout(chain: Chain, *speeds: float) -> Layout:
-    made = Layout(chain, Client("bsns1-"), _as_plan(SHAPE, PROBLEM, chain))
+    made = Layout(chain, Client("bsns1-"), as_plan(SHAPE, PROBLEM, chain))
     made.measured[1] = list(speeds)
     return made
 
 
 def test_a_chain_as_a_plan_keeps_every_cost() -> None:
-    plan = _as_plan(SHAPE, PROBLEM, EQUAL)
+    plan = as_plan(SHAPE, PROBLEM, EQUAL)
     assert [stage.peer for stage in plan.stages] == PEERS
     assert [stage.compute_s for stage in plan.stages] == pytest.approx([0.02, 0.04, 0.10])
     assert [stage.transfer_s for stage in plan.stages] == pytest.approx([0.002, 0.011, 0.011])
@@ -40,7 +40,7 @@ def test_a_chain_as_a_plan_keeps_every_cost() -> None:
 
 
 def test_a_row_compares_predicted_and_measured() -> None:
-    row = _compared(layout(EQUAL, 5.0, 4.0, 9.0), layout(PLANNED, 10.0), 1)
+    row = compared_speeds(layout(EQUAL, 5.0, 4.0, 9.0), layout(PLANNED, 10.0), 1)
     assert row["equal"]["measured"] == 5.0
     assert row["equal"]["spread"] == [4.0, 9.0]
     assert row["equal"]["error"] == pytest.approx(1 / 0.189 / 5 - 1, abs=1e-3)
@@ -52,12 +52,12 @@ def test_a_row_compares_predicted_and_measured() -> None:
 def test_the_summary_counts_promises_kept() -> None:
     rows = []
     for measured in ((5.0, 10.0), (5.0, 4.0), (5.0, 9.0)):
-        row = _compared(layout(EQUAL, measured[0]), layout(PLANNED, measured[1]), 1)
+        row = compared_speeds(layout(EQUAL, measured[0]), layout(PLANNED, measured[1]), 1)
         rows.append({"latency": row, "throughput": row | {"predicted_gain": 0.05}})
-    summary = _summary(rows)["summary"]
-    assert (summary["latency"]["promising"], summary["latency"]["kept"]) == (3, 2)
-    assert (summary["throughput"]["promising"], summary["throughput"]["kept"]) == (0, 0)
-    assert summary["latency"]["median_measured_gain"] == 0.8
+    totals = summary(rows)
+    assert (totals["latency"]["promising"], totals["latency"]["kept"]) == (3, 2)
+    assert (totals["throughput"]["promising"], totals["throughput"]["kept"]) == (0, 0)
+    assert totals["latency"]["median_measured_gain"] == 0.8
 
 
 def test_a_layout_is_one_whatever_it_is_compared_with() -> None:
