@@ -180,7 +180,7 @@ def run_graph_suite(quick: bool, told: Callable[[str], None]) -> dict[str, Any]:
     for case in suite(quick):
         bounds = Bounds(case.graph)
         for k in case.parts:
-            row = _row(case, k, bounds, quick)
+            row = _row(case, k, bounds)
             told(
                 f"{row['kind']} {row['operators']}, k = {k}: "
                 + ", ".join(f"{m} {row[m]:.4f}" for m in METHODS)
@@ -212,7 +212,7 @@ def run_graph_suite(quick: bool, told: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _row(case: Case, k: int, bounds: Bounds, quick: bool) -> dict[str, Any]:
+def _row(case: Case, k: int, bounds: Bounds) -> dict[str, Any]:
     fleet = Fleet(k, case.bytes_per_s)
     plans: dict[str, GraphPlan] = {}
     ms: dict[str, float] = {}

@@ -6,6 +6,7 @@ crowded   two of the k + 1 largest operators share a part
 seeded    every part that holds v pays at least φ(v) io per second of work, so that operators are larger than their work
 windows   see prefix_bounds
 exact     every prefix of a narrow graph was looked at: the optimum, within PRECISION
+model     of small graphs, see partition_model
 
 φ(v): let M(a) be the least of io(S) + a·w(S) over all S that hold v. A part within the bottleneck T has w + io ≤ T, so
 io/w ≥ (M(a) − a·T) / (T − M(a)) for every slope a. M does not depend on k, and serves all fleets.
@@ -22,9 +23,15 @@ from numpy.typing import NDArray
 
 from bsns.planning.graph import Fleet, Floats, OperatorGraph, part_costs
 from bsns.planning.min_cuts import MAX_OPERATORS, ancestors, seeded_cuts
+from bsns.planning.partition_model import MAX_OPERATORS as MAX_MODELLED
+from bsns.planning.partition_model import solve
 from bsns.planning.prefix_bounds import Windows
 from bsns.planning.prefixes import Prefixes, all_prefixes
 
+CHAINLIKE = 4
+"""Prefixes per operator, up to which looking at all of them is faster than anything else."""
+MODEL_EFFORT = 2.0
+"""Of CP-SAT, about seconds."""
 PRECISION = 1e-4
 """How near, in parts of the bottleneck, bounds found by bisection come to the best of their kind."""
 
@@ -66,7 +73,9 @@ class Bounds:
         nothing is looked for beyond it."""
         best = self.quick(fleet)
         if fleet.machines > 1 and 1 < self.graph.count <= MAX_OPERATORS and best.value_s < at_most_s * (1 - 1e-9):
-            for argue in (self._seeded, self._windows, self._exact):
+            chainlike = 0 < len(self._prefixes()) <= CHAINLIKE * self.graph.count
+            arguments = (self._windows, self._exact, self._model)
+            for argue in arguments if chainlike else (self._seeded, *arguments):
                 if best.value_s < at_most_s * (1 - PRECISION) and not should_stop():
                     best = max(
                         best, argue(fleet, best.value_s, at_most_s, should_stop), key=lambda bound: bound.value_s
@@ -145,13 +154,9 @@ class Bounds:
         return Bound(low, "windows")
 
     def _exact(self, fleet: Fleet, low_s: float, high_s: float, should_stop: Callable[[], bool]) -> Bound:
-        if self._prefixes_IV is None:
-            self._prefixes_IV = all_prefixes(self.graph)
-            if self._prefixes_IV is None:
-                self._prefixes_IV = np.zeros((0, self.graph.count), dtype=bool)
-        if not len(self._prefixes_IV):
+        if not len(self._prefixes()):
             return Bound(0.0, "exact")
-        prefixes = Prefixes(self.graph, self._prefixes_IV, fleet)
+        prefixes = Prefixes(self.graph, self._prefixes(), fleet)
         best: tuple[int, ...] | None = None
         low, high = low_s, high_s
         at_s = high_s * (1 - PRECISION)  # most often what is known is the best
@@ -167,3 +172,21 @@ class Bounds:
                 high = float(part_costs(self.graph, part_V, fleet).max())
             at_s = (low + high) / 2
         return Bound(low, "exact", best)
+
+    def _model(self, fleet: Fleet, low_s: float, high_s: float, should_stop: Callable[[], bool]) -> Bound:
+        if self.graph.count > MAX_MODELLED or math.isfinite(fleet.memory_bytes):
+            return Bound(0.0, "model")
+        windows = self.windows(fleet, high_s)
+        solved = solve(self.graph, fleet, high_s, windows.early_V, windows.late_V, low_s=low_s, effort=MODEL_EFFORT)
+        better = solved.part_of
+        if better is not None and float(part_costs(self.graph, better, fleet).max()) >= high_s * (1 - 1e-9):
+            better = None
+        return Bound(solved.lower_s, "model", better)
+
+    def _prefixes(self) -> NDArray[np.bool_]:
+        """All of them, or none where they are too many."""
+        if self._prefixes_IV is None:
+            self._prefixes_IV = all_prefixes(self.graph)
+            if self._prefixes_IV is None:
+                self._prefixes_IV = np.zeros((0, self.graph.count), dtype=bool)
+        return self._prefixes_IV

@@ -44,6 +44,8 @@ BUDGETS = {
 """Archer's 10×10 and 100×100 (population × generations); and Kahn + slice alone."""
 REACH = (1.0, 0.3, 0.1, 0.03)
 """How far, of the whole order, an operator's key may move it from its place in the best order, round by round."""
+LEAST = 250
+"""Operators for which moves are counted at least: small graphs need as long to cool down."""
 PATIENCE = 8
 """Generations without a better best before a round gives way to the next."""
 
@@ -180,7 +182,7 @@ class _Search:
             self.fleet,
             part_V,
             rng=self.rng,
-            moves=moves * self.graph.count,
+            moves=moves * max(self.graph.count, LEAST),
             should_stop=self._finished,
         )
         order_V = lined_up(self.graph, part_V, order_V)
