@@ -30,7 +30,7 @@ from bsns.planning.prefixes import Prefixes, all_prefixes
 
 CHAINLIKE = 4
 """Prefixes per operator, up to which looking at all of them is faster than anything else."""
-MODEL_EFFORT = 2.0
+MODEL_EFFORT = 1.0
 """Of CP-SAT, about seconds."""
 PRECISION = 1e-4
 """How near, in parts of the bottleneck, bounds found by bisection come to the best of their kind."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from bsns.core.errors import BadOption, NotEnoughMemory
 from bsns.planning.brkga import Settings, evolve
-from bsns.planning.graph import Fleet, Floats, Ints, OperatorGraph, kahn_orders, order_of_parts, part_costs
+from bsns.planning.graph import Fleet, Floats, Ints, OperatorGraph, is_order, kahn_orders, order_of_parts, part_costs
 from bsns.planning.graph_bounds import Bounds
 from bsns.planning.orders import keys_of, lined_up, natural_orders
 from bsns.planning.refining import refine
@@ -84,6 +84,8 @@ def plan_graph(
     """
     if budget not in BUDGETS:
         raise BadOption(f"there is no budget {budget!r}; use {', '.join(BUDGETS)}")
+    if not all(is_order(graph, order) for order in warm):
+        raise BadOption("a warm start is no topological order of the graph")
     notes = []
     if fleet.machines > graph.count:
         notes.append(f"the graph has {graph.count} operators; {fleet.machines - graph.count} machines are left out")

@@ -17,7 +17,7 @@ from bsns.planning.graph import Fleet, Ints, OperatorGraph
 
 UNITS = 1_000_000
 """That a known bottleneck is divided into; every cost is rounded down."""
-MAX_OPERATORS = 120
+MAX_OPERATORS = 80
 
 
 @dataclass(frozen=True, slots=True)
