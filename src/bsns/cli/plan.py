@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,17 @@ from bsns.core.plan import Objective, Plan
 from bsns.core.snapshot import ModelShape, Snapshot
 
 if TYPE_CHECKING:
+    from numpy.random import Generator
+
     from bsns.node.trial import Trial
+    from bsns.planning.problem import Chain
+
+WORKERS = 2
+"""Threads of the exact solver."""
+SCHEMAS = 3
+"""How many of the nearest schemas are looked at."""
+SCHEMA_GAP = 0.1
+"""A schema's plan farther than this from the lower bound is replaced by a fresh search."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,10 @@ def plan(
         ),
     ] = None,
     deadline: Annotated[str, typer.Option("--deadline", metavar="TIME", help="How long to search.")] = "2s",
+    schemas: Annotated[
+        Path | None,
+        typer.Option("--schemas", metavar="FILE", help="Start from plans for similar swarms (bsns schemas build)."),
+    ] = None,
     cache_tokens: Annotated[
         int, typer.Option("--cache-tokens", min=1, metavar="N", help="KV cache each node promises, in tokens.")
     ] = 2048,
@@ -89,9 +104,9 @@ def plan(
                 _write(save_snapshot, seen.to_json())
             say("planning")
             client_s = present.trial.client_s if present else 0.0
-            made = await asyncio.to_thread(
-                _make, seen, shape, wanted, weights, cache_tokens, client_s, deadline_s, seed
-            )
+            until_s = time.monotonic() + deadline_s
+            asked = _Asked(wanted, weights, schemas, cache_tokens, client_s, seed)
+            made = await asyncio.to_thread(_make, seen, shape, asked, lambda: until_s - time.monotonic())
             if svg is not None:
                 say("drawing")
                 await asyncio.to_thread(_draw, made, seen, shape, svg)
@@ -140,31 +155,76 @@ def _shape(model: str, dtype: Dtype, in_use: list[str]) -> ModelShape:
     return shape_of(resolve(model), common if dtype == "auto" else dtype)
 
 
-def _make(
-    seen: Snapshot,
-    shape: ModelShape,
-    objective: Objective,
-    weights: str | None,
-    cache_tokens: int,
-    client_s: float,
-    deadline_s: float,
-    seed: int,
-) -> Plan:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is to be planned for."""
+
+    objective: Objective
+    weights: str | None
+    schemas: Path | None
+    cache_tokens: int
+    client_s: float
+    seed: int
+
+
+def _make(seen: Snapshot, shape: ModelShape, asked: _Asked, remaining_s: Callable[[], float]) -> Plan:
     import numpy as np
 
-    from bsns.planning.planner import make_plan
+    from bsns.planning.planner import make_plan, plan_by_weights
+    from bsns.planning.selection import Weights
 
-    end_s = time.monotonic() + deadline_s
-    return make_plan(
+    objective, cache_tokens, client_s = asked.objective, asked.cache_tokens, asked.client_s
+    if asked.weights is not None:
+        weights = Weights.parse(asked.weights)
+        return plan_by_weights(seen, shape, weights, objective=objective, cache_tokens=cache_tokens, client_s=client_s)
+    rng = np.random.default_rng(asked.seed)
+    warm, how = _from_schemas(seen, shape, asked, rng, lambda: remaining_s() / 2)
+    made = make_plan(
         seen,
         shape,
         objective=objective,
         cache_tokens=cache_tokens,
         client_s=client_s,
-        rng=np.random.default_rng(seed),
-        remaining_s=lambda: end_s - time.monotonic(),
-        workers=2,
+        rng=rng,
+        remaining_s=remaining_s,
+        warm=warm,
+        workers=WORKERS,
     )
+    return replace(made, method=made.method + how)
+
+
+def _from_schemas(
+    seen: Snapshot, shape: ModelShape, asked: _Asked, rng: Generator, remaining_s: Callable[[], float]
+) -> tuple[list[Chain], str]:
+    """The chain that the schema library leads to, nodes numbered as in the snapshot, and how it came about."""
+    from bsns.planning.problem import Stage
+    from bsns.planning.schema_file import from_json
+    from bsns.planning.schemas import lookup
+
+    if asked.schemas is None:
+        return [], ""
+    library = from_json(_read(asked.schemas))
+    found = lookup(
+        library,
+        seen,
+        shape,
+        asked.objective,
+        SCHEMAS,
+        rng,
+        remaining_s,
+        SCHEMA_GAP,
+        cache_tokens=asked.cache_tokens,
+        client_s=asked.client_s,
+        workers=WORKERS,
+    )
+    number = {node.peer: n for n, node in enumerate(seen.nodes)}
+    chain = tuple(Stage(number[found.problem.peers[node]], start, end) for node, start, end in found.chain)
+    what = {
+        "taken": "the nearest was taken",
+        "refined": "the nearest was refined",
+        "fresh": "none was good enough, so a fresh search was made",
+    }
+    return [chain], f" (of {len(library.schemas)} schemas {what[found.how]})"
 
 
 def _draw(made: Plan, seen: Snapshot, shape: ModelShape, svg: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import NotEnoughMemory
+from bsns.core.errors import MissingBlocks, NotEnoughMemory
 from bsns.core.plan import Alternative, Objective, Plan, PlannedStage
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
@@ -26,6 +26,7 @@ from bsns.planning.reasons import check_room, left_out, no_chain_fits
 from bsns.planning.replicas import Shared, evaluate, share_out, teams_of
 from bsns.planning.rival_rules import RULES
 from bsns.planning.scale import candidates
+from bsns.planning.selection import Traits, Weights, select
 
 Clock = Callable[[], float]
 """How many seconds are left."""
@@ -189,6 +190,51 @@ def make_plan(
         if any(len(team.nodes) > 1 for team in shared.teams):
             method += " + replicas"
     bound_s = plan_bound(network, problem, objective, solved, replicas=sharing)
+    alternatives = (*_alternatives(problem, rivals), _one_node(network))
+    return _plan(network, shape, objective, shared, method, bound_s, alternatives, replicas=sharing)
+
+
+def plan_by_weights(
+    snapshot: Snapshot,
+    shape: ModelShape,
+    weights: Weights,
+    *,
+    objective: Objective = THROUGHPUT,
+    cache_tokens: int = 2048,
+    client_s: float = 0.0,
+) -> Plan:
+    """The chain that a user's own weights pick, node by node (planning.selection); its gap is that of `objective`.
+
+    Raises BadSnapshot, NotEnoughMemory, and MissingBlocks where what the weights allow does not hold the model.
+    """
+    network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
+    check_room(network, shape, cache_tokens)
+    nodes = candidates(network, objective)
+    problem = network.problem(nodes)
+    chain = select(problem, weights, traits=Traits.of([snapshot.nodes[node] for node in nodes]))
+    if chain is None:
+        raise MissingBlocks("the nodes that these weights allow do not hold the model together; allow more of them")
+    rivals = {name: rule(problem) for name, rule in RULES.items()}
+    value = problem.value(chain, objective)
+    bound_s = lower_bound(problem, objective)
+    solved = Solved(chain, *problem.cost(chain), value, bound_s, value / bound_s - 1, "weights", False)
+    bound_s = plan_bound(network, problem, objective, solved, replicas=False)
+    alternatives = (*_alternatives(problem, rivals), _one_node(network))
+    shared = evaluate(network, teams_of(chain, nodes))
+    return _plan(network, shape, objective, shared, "your own weights", bound_s, alternatives, replicas=False)
+
+
+def _plan(
+    network: Network,
+    shape: ModelShape,
+    objective: Objective,
+    shared: Shared,
+    method: str,
+    bound_s: float,
+    alternatives: tuple[Alternative, ...],
+    *,
+    replicas: bool,
+) -> Plan:
     value = shared.value(objective)
     bound_s = min(bound_s, value)
     return Plan(
@@ -197,13 +243,13 @@ def make_plan(
         block_count=shape.block_count,
         objective=objective,
         stages=_stages(network, shared),
-        left_out=left_out(network, shared, objective, replicas=sharing),
+        left_out=left_out(network, shared, objective, replicas=replicas),
         bottleneck_s=shared.bottleneck_s,
         latency_s=shared.latency_s,
         lower_bound_s=bound_s,
         gap=value / bound_s - 1 if bound_s > 0 else 0.0,
         method=method,
-        alternatives=(*_alternatives(problem, rivals), _one_node(network)),
+        alternatives=alternatives,
         assumptions=network.assumptions,
     )
 
