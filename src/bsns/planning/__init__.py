@@ -20,4 +20,18 @@ joining  what a node takes that joins a swarm without an orchestrator
 memory   how many blocks fit a node
 walks    the cheapest way over blocks and nodes, and chains that use each node once
 selection  nodes picked by a user's own weights, with a look ahead
+
+For models of any shape:
+graph            operators, tensors between them, what parts cost, topological orders
+graph_planner    from a graph and equal machines to a plan with a proof
+graph_devices    the same for unequal devices and links
+orders           the orders that people would write down
+segments         what pieces of an order cost
+slicing          the best cut of an order
+refining         operators moved between the parts of a plan
+graph_bounds     what no partition beats, and why
+min_cuts         the least io of a part or of a prefix
+prefix_bounds    which parts an operator can be in
+prefixes         all prefixes of a narrow graph: the exact optimum
+partition_model  small graphs as an integer program
 """
