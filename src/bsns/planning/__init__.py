@@ -7,6 +7,7 @@ scale         which few of thousands of nodes are worth planning with
 rival_rules   how others cut a model
 chain_dp      the best cut for a given order of nodes
 device_order  orders of nodes by a genetic search
+path_search   the local search of device_order
 exact         CP-SAT over chains and devices, with a proof
 bounds        what no plan beats
 replicas      several nodes for one range

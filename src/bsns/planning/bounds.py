@@ -81,8 +81,10 @@ def lower_bound(problem: ChainProblem, objective: Objective, *, replicas: bool =
     bottleneck_s = latency_s = 0.0
     if objective.bottleneck:
         bottleneck_s = bottleneck_floor(floors, replicas=replicas)
-        if not replicas and problem.node_count <= PAIRED_NODES:
+        if not replicas and problem.node_count <= PAIRED_NODES and math.isfinite(bottleneck_s):
             bottleneck_s = max(bottleneck_s, _paired_bottleneck(problem, bottleneck_s))
+    if math.isinf(bottleneck_s):
+        return math.inf
     if objective.latency:
         latency_s = latency_floor(floors)
         if problem.node_count <= PAIRED_NODES:

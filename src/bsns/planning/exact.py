@@ -24,6 +24,10 @@ from bsns.planning.problem import Chain, ChainProblem, Floats, Stage
 VALUE_UNITS = 2**30
 """Of the hint's value, in the rounded problem: what rounding costs is far below what is called proven."""
 WEIGHT_UNITS = 2**20
+PATIENCE = 0.5
+"""One question of the bisection gets so much of the time left; what it leaves open still counts where it is easier."""
+DIRECT_NODES = 32
+"""Beyond, a mixed objective is bounded by its two parts first."""
 LEAST_S = 0.02
 """Less time than this is not worth building a model for."""
 
@@ -51,12 +55,18 @@ def solve_exactly(
 
     One worker is deterministic but for where the time ends.
     """
-    alike = bool(np.ptp(problem.work_L) == 0 and np.ptp(problem.bytes_L) == 0)
+    alike = _alike(problem)
     search = _Search(remaining_s, seed, workers)
     if alike and objective.latency == 0:
         found = _least_bottleneck(problem, search, hint, bound_s / objective.bottleneck)
         return ExactlySolved(found.chain, found.bound_s * objective.bottleneck, found.proven)
-    return _least_value(problem, objective, search, hint, bound_s, alike=alike)
+    if objective.bottleneck and objective.latency and problem.node_count > DIRECT_NODES and alike:
+        return _least_mixture(problem, objective, search, hint, bound_s)
+    return _least_value(problem, objective, search, hint, bound_s)
+
+
+def _alike(problem: ChainProblem) -> bool:
+    return bool(np.ptp(problem.work_L) == 0 and np.ptp(problem.bytes_L) == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +75,33 @@ class _Search:
     seed: int
     workers: int
 
-    def run(self, model: cp_model.CpModel) -> tuple[cp_model.CpSolver, Any]:
+    def for_share(self, share: float) -> _Search:
+        """The same with so much of the time that is left now."""
+        kept_s = self.remaining_s() * (1 - share)
+        return _Search(lambda: self.remaining_s() - kept_s, self.seed, self.workers)
+
+    def run(self, model: cp_model.CpModel, share: float = 1.0) -> tuple[cp_model.CpSolver, Any]:
         solver = cp_model.CpSolver()
-        solver.parameters.max_time_in_seconds = max(LEAST_S, self.remaining_s())
+        solver.parameters.max_time_in_seconds = max(LEAST_S, self.remaining_s() * share)
         solver.parameters.num_workers = self.workers
         solver.parameters.random_seed = self.seed
         solver.parameters.linearization_level = 2  # cuts of the circuit: what took seconds takes hundredths
         return solver, solver.solve(model)
+
+
+def _least_mixture(
+    problem: ChainProblem, objective: Objective, search: _Search, hint: Chain | None, bound_s: float
+) -> ExactlySolved:
+    """Large mixed problems: no chain has less than the least latency and the least bottleneck, each found by itself.
+
+    Both start and bound the search for the least mixture.
+    """
+    steady = _least_bottleneck(problem, search.for_share(0.35), hint, 0.0)
+    quick = _least_value(problem, Objective(0.0, 1.0), search.for_share(0.5), hint, 0.0)
+    chains = [chain for chain in (hint, steady.chain, quick.chain) if chain is not None]
+    best = min(chains, key=lambda chain: problem.value(chain, objective), default=None)
+    bound_s = max(bound_s, objective.value(steady.bound_s, quick.bound_s))
+    return _least_value(problem, objective, search, best, bound_s, floors=(steady.bound_s, quick.bound_s))
 
 
 def _least_bottleneck(problem: ChainProblem, search: _Search, hint: Chain | None, bound_s: float) -> ExactlySolved:
@@ -83,8 +113,11 @@ def _least_bottleneck(problem: ChainProblem, search: _Search, hint: Chain | None
     best = hint
     high = len(turns) if best is None else int(np.searchsorted(turns, problem.cost(best)[0] * (1 - TOLERANCE)))
     low = int(np.searchsorted(turns, bound_s * (1 - TOLERANCE))) - 1  # the highest turn known to be too short
-    probe = high - 1
-    while low < high - 1 and search.remaining_s() > LEAST_S:
+    # from the middle on: far below the least bottleneck a proof takes a moment, just below it the longest
+    middle_s = (turns[max(low, 0)] + turns[min(high, len(turns) - 1)]) / 2
+    probe = min(max(int(np.searchsorted(turns, middle_s)), low + 1), max(high - 1, low + 1))
+    hard = high  # from `hard` on, questions have proven too hard to answer in time
+    while low < hard - 1 and search.remaining_s() > LEAST_S:
         status, order = _reaches_end(problem, room_N, float(turns[probe]), search, best)
         if order is not None:
             chain = least_bottleneck(problem, order)
@@ -94,8 +127,10 @@ def _least_bottleneck(problem: ChainProblem, search: _Search, hint: Chain | None
         elif status == cp_model.INFEASIBLE:
             low = probe
         else:
-            break
-        probe = (low + high) // 2
+            hard = probe
+        hard = min(hard, high)
+        middle_s = (turns[max(low, 0)] + turns[min(hard, len(turns) - 1)]) / 2
+        probe = min(max(int(np.searchsorted(turns, middle_s)), low + 1), max(hard - 1, low + 1))
     if best is None and low >= len(turns) - 1:
         return ExactlySolved(None, math.inf, True)
     proven = best is not None and low >= high - 1
@@ -147,11 +182,11 @@ def _reaches_end(
         if problem.exit_N[node] + problem.client_s <= limit_s:
             back = model.new_bool_var("")
             arcs.append((node + 1, 0, back))
-    if not taken:
-        return cp_model.INFEASIBLE, None
+    if not any(before == 0 for before, _, _ in arcs) or not any(node == 0 for _, node, _ in arcs):
+        return cp_model.INFEASIBLE, None  # nobody can be first, or last; the circuit would leave the client out
     model.add_circuit(arcs)
     model.add(cp_model.LinearExpr.weighted_sum(taken, counts) >= problem.block_count)
-    solver, status = search.run(model)
+    solver, status = search.run(model, PATIENCE)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return status, None
     return status, _order(solver, arcs)
@@ -173,9 +208,18 @@ def _order(solver: cp_model.CpSolver, arcs: list[tuple[int, int, Any]]) -> list[
 
 
 def _least_value(
-    problem: ChainProblem, objective: Objective, search: _Search, hint: Chain | None, bound_s: float, *, alike: bool
+    problem: ChainProblem,
+    objective: Objective,
+    search: _Search,
+    hint: Chain | None,
+    bound_s: float,
+    floors: tuple[float, float] = (0.0, 0.0),
 ) -> ExactlySolved:
-    """Minimise the rounded value directly. Times are rounded down, so its bound is one of the real problem too."""
+    """Minimise the rounded value directly. Times are rounded down, so its bound is one of the real problem too.
+
+    `floors`: what is known of the least bottleneck and the least latency.
+    """
+    alike = _alike(problem)
     count = problem.node_count
     longest_s = problem.cost(hint)[1] if hint is not None else _at_most(problem)
     scale = VALUE_UNITS / longest_s
@@ -214,14 +258,17 @@ def _least_value(
     quick = math.floor(objective.latency / weight * WEIGHT_UNITS)
     common = math.gcd(steady, quick)
     terms: list[Any] = []
+    rounded = problem.block_count + 2 * count + 2  # so many figures may each have lost a unit
     if steady:
-        slowest = model.new_int_var(0, 4 * VALUE_UNITS, "")
+        slowest = model.new_int_var(_below(floors[0], scale, rounded), 4 * VALUE_UNITS, "")
         for turn in turns:
             model.add(slowest >= turn)
         model.add(slowest >= sum(backs))
         terms.append(slowest * (steady // common))
     if quick:
-        terms.append((sum(turns) + sum(backs)) * (quick // common))
+        whole = model.new_int_var(_below(floors[1], scale, rounded), 4 * VALUE_UNITS * (count + 1), "")
+        model.add(whole == sum(turns) + sum(backs))
+        terms.append(whole * (quick // common))
     model.minimize(sum(terms))
     if hint is not None:
         for before, node, arc in arcs:
@@ -245,6 +292,10 @@ def _least_value(
         if problem.fits(chain) and (best is None or problem.value(chain, objective) < problem.value(best, objective)):
             best = chain
     return ExactlySolved(best, bound_s, status == cp_model.OPTIMAL)
+
+
+def _below(seconds: float, scale: float, rounded: int) -> int:
+    return max(0, math.floor(seconds * (1 - 1e-9) * scale) - rounded) if math.isfinite(seconds) else 0
 
 
 def _at_most(problem: ChainProblem) -> float:
