@@ -22,9 +22,13 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
+import structlog
+
 from bsns.bench.emulation import Network, enter, go_first
-from bsns.core.errors import PeerFailed, PeerTimedOut, error_from_wire
+from bsns.core.errors import PeerError, PeerFailed, PeerTimedOut, error_from_wire
 from bsns.node.peer import Listen, Peer
+
+log = structlog.get_logger(__name__)
 
 START_DEADLINE_S = 90.0
 """For one node; the first waits for the libraries."""
@@ -63,6 +67,7 @@ class EmulatedSwarm:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         self._peer: Peer | None = None
+        self._closed = False
 
     @property
     def peer(self) -> Peer:
@@ -76,8 +81,7 @@ class EmulatedSwarm:
         try:
             self._peer = await Peer.found(Listen(self._host))
             for first in range(0, len(self._nodes), AT_ONCE):
-                begun = [self._fork(node) for node in self._nodes[first : first + AT_ONCE]]
-                await asyncio.gather(*(asyncio.to_thread(_until_serving, *one) for one in begun))
+                await asyncio.gather(*(self._bear(node) for node in self._nodes[first : first + AT_ONCE]))
         except BaseException:
             await self.close()
             raise
@@ -90,6 +94,7 @@ class EmulatedSwarm:
 
     async def close(self) -> None:
         """Ask every node to leave, and kill those that do not within `STOP_DEADLINE_S`."""
+        self._closed = True
         for process in self._processes:
             process.terminate()
         await asyncio.gather(*(asyncio.to_thread(_end, process) for process in self._processes))
@@ -99,6 +104,16 @@ class EmulatedSwarm:
         if self._peer is not None:
             await self._peer.close()
             self._peer = None
+
+    async def _bear(self, node: Born) -> None:
+        """Start a node; once more, as its owner would, if it met nobody in time: that happens on a busy machine."""
+        try:
+            await asyncio.to_thread(_until_serving, *self._fork(node))
+        except PeerError as error:
+            if self._closed:
+                raise
+            log.warning("starting a node again", place=node.place, reason=error.message)
+            await asyncio.to_thread(_until_serving, *self._fork(node))
 
     def _fork(self, node: Born) -> tuple[str, BaseProcess, Connection]:
         ours, theirs = _context.Pipe(duplex=False)

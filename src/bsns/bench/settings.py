@@ -15,8 +15,8 @@ from bsns.core.snapshot import ModelShape
 CLIENT = 0
 """The client's place in the network; node n is at place n + 1."""
 BLOCK_TIMES_S = (0.003, 0.018)
-"""The fastest and the slowest node, for a block and a token: six times what a block of SmolLM2-135M really takes on a
-core. With 2 ms, two cores were half busy with six nodes and their client, and nodes that woke up had to wait for one."""
+"""The fastest and the slowest node, for a block and a token: six times what a block of SmolLM2-135M takes a core. With
+2 ms two cores were half busy with six nodes and their client, and nodes that woke up had to wait for one."""
 DELAYS_S = (0.0005, 0.025)
 RATES_BYTES_PER_S = (2.5e6, 125e6)
 PLENTY = (1.5, 2.5)
