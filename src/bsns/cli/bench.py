@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +40,37 @@ def decode(
 
         with doing("starting", quiet=as_json) as update:
             figures = await bench_decode(model, dtype=dtype, threads=threads, quick=quick, told=update)
+        if as_json:
+            emit(figures)
+        else:
+            out.print(_table(figures))
+
+    run(verb(), as_json=as_json)
+
+
+@app.command()
+def plan(
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help="chain, dag or ablation; may be repeated. Default: all.")
+    ] = None,
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Plans beside the best possible and beside others' rules: chains, graphs, and whether the network's shape helps.
+
+    The full form takes about an hour; --part runs one suite alone.
+
+    Example: bsns bench plan --part chain --quick
+    """
+
+    async def verb() -> None:
+        from bsns.bench.plan import PARTS, bench_plan
+
+        parts = part or list(PARTS)
+        if unknown := set(parts) - set(PARTS):
+            raise BadOption(f"there is no part {sorted(unknown)[0]!r}; use {', '.join(PARTS)}")
+        with doing("starting", quiet=as_json) as update:
+            figures = await asyncio.to_thread(bench_plan, parts, quick=quick, told=update)
         if as_json:
             emit(figures)
         else:
@@ -98,10 +131,15 @@ def _swarm_table(figures: dict[str, Any]) -> Table:
 
 def _table(figures: dict[str, Any]) -> Table:
     view = Table("figure", "value")
+    for key, value in _flat(figures):
+        view.add_row(key, str(value))
+    return view
+
+
+def _flat(figures: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested figures as `outer.inner`; rows of single instances are for `--json`."""
     for key, value in figures.items():
         if isinstance(value, dict):
-            for name, inner in value.items():
-                view.add_row(f"{key}.{name}", str(inner))
-        else:
-            view.add_row(key, str(value))
-    return view
+            yield from _flat(value, f"{before}{key}.")
+        elif key != "rows":
+            yield before + key, value
