@@ -1,4 +1,4 @@
-"""`bsns bench plan`: how near our plans come to the best possible, how fast, and whether the shape of the network helps."""
+"""`bsns bench plan`: how near our plans come to the best possible, how fast, and whether a network's shape helps."""
 
 from __future__ import annotations
 
