@@ -16,8 +16,11 @@ from bsns.planning.bounds import Floors, bottleneck_floor, latency_floor, lower_
 from bsns.planning.chain_dp import best_cut
 from bsns.planning.device_order import keys_of, path_of, search_orders
 from bsns.planning.exact import solve_exactly
+from bsns.planning.network import Network
 from bsns.planning.problem import Chain, ChainProblem, Stage
+from bsns.planning.replicas import add_replicas, evaluate, share_out, teams_of
 from bsns.planning.rival_rules import RULES
+from bsns.planning.sharing import covers, refine
 
 OBJECTIVES = [Objective.named(name) for name in ("throughput", "latency", "mixed")]
 
@@ -129,3 +132,54 @@ def test_keys_decode_to_the_chain_they_were_made_of(nodes: int, data: st.DataObj
     order = data.draw(st.permutations(range(nodes)))[: data.draw(st.integers(1, nodes))]
     chain = tuple(Stage(node, at, at + 1) for at, node in enumerate(order))
     assert path_of(keys_of(chain, nodes)).tolist() == list(order)
+
+
+@settings(deadline=None, max_examples=200)
+@given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
+def test_no_teams_break_the_bound_with_replicas(seed: int, objective: Objective) -> None:
+    small = problem(seed)
+    ends_N = small.entry_N  # a network has one way to the client
+    small = ChainProblem(
+        small.work_L, small.bytes_L, small.time_N, small.memory_N, small.hop_NN, ends_N, ends_N, small.client_s,
+        small.peers,
+    )  # fmt: skip
+    network = network_of(small)
+    rng = np.random.default_rng(seed)
+    bound = lower_bound(small, objective, replicas=True)
+    fitting = list(itertools.islice(chains(small, all_orders(small)), 200))
+    if not fitting:
+        return
+    chain = fitting[int(rng.integers(len(fitting)))]
+    alone = evaluate(network, teams_of(chain, range(small.node_count)))
+    assert math.isclose(alone.bottleneck_s, small.cost(chain)[0])
+    assert math.isclose(alone.latency_s, small.cost(chain)[1])
+    for shared in (
+        alone,
+        add_replicas(network, alone.teams, objective, spares=True),
+        share_out(network, [alone.teams], objective, remaining_s=lambda: 1.0),
+        refine(network, alone, objective, rng=rng, remaining_s=iter([1.0] * 60 + [0.0] * 9).__next__),
+    ):
+        assert covers(shared.teams, small.block_count)
+        for team in shared.teams:
+            assert (small.memory_N[list(team.nodes)] >= small.bytes_L[team.start : team.end].sum()).all()
+        assert bound <= shared.value(objective) * (1 + 1e-9)
+        assert shared.value(objective) <= alone.value(objective) * (1 + 1e-6)
+
+
+def network_of(small: ChainProblem) -> Network:
+    count = small.node_count
+    from_E, to_E = np.nonzero(~np.eye(count, dtype=bool))
+    return Network(
+        small.work_L,
+        small.bytes_L,
+        small.time_N,
+        small.memory_N,
+        small.entry_N,
+        small.client_s,
+        np.zeros(count),
+        from_E,
+        to_E,
+        small.hop_NN[from_E, to_E],
+        small.peers,
+        (),
+    )

@@ -7,10 +7,13 @@ scale         which few of thousands of nodes are worth planning with
 rival_rules   how others cut a model
 chain_dp      the best cut for a given order of nodes
 device_order  orders of nodes by a genetic search
+order_costs   what such orders cost, a population at once
 path_search   the local search of device_order
 exact         CP-SAT over chains and devices, with a proof
+exact_blocks  blocks as variables of the exact solver
 bounds        what no plan beats
 replicas      several nodes for one range
+sharing       the local search of replicas
 reasons       why a node was left out, and what memory is missing
 brkga         the genetic engine
 schemas       plans made beforehand, looked up by likeness

@@ -27,6 +27,7 @@ from bsns.planning.replicas import Shared, evaluate, share_out, teams_of
 from bsns.planning.rival_rules import RULES
 from bsns.planning.scale import candidates
 from bsns.planning.selection import Traits, Weights, select
+from bsns.planning.sharing import refine
 
 Clock = Callable[[], float]
 """How many seconds are left."""
@@ -41,7 +42,7 @@ EXACT_NODES = 128
 BRKGA_SHARE = 0.3
 """Of the time, where the exact solver follows."""
 
-SHARING_SHARE = 0.3
+SHARING_SHARE = 0.4
 """Of the time, for dividing the work over replicas."""
 
 
@@ -184,9 +185,8 @@ def make_plan(
     shared, method = alone, solved.method
     if sharing:
         chains = [solved.chain, *(chain for chain in rivals.values() if chain is not None)]
-        shared = share_out(
-            network, [teams_of(chain, nodes) for chain in chains], objective, rng=rng, remaining_s=remaining_s
-        )
+        shared = share_out(network, [teams_of(chain, nodes) for chain in chains], objective, remaining_s=remaining_s)
+        shared = refine(network, shared, objective, rng=rng, remaining_s=remaining_s)
         if any(len(team.nodes) > 1 for team in shared.teams):
             method += " + replicas"
     bound_s = plan_bound(network, problem, objective, solved, replicas=sharing)

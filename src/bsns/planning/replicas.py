@@ -181,12 +181,7 @@ def even_teams(network: Network, stages: int) -> Teams | None:
 
 
 def share_out(
-    network: Network,
-    chains: Sequence[Teams],
-    objective: Objective,
-    *,
-    rng: np.random.Generator,
-    remaining_s: Callable[[], float],
+    network: Network, chains: Sequence[Teams], objective: Objective, *, remaining_s: Callable[[], float]
 ) -> Shared:
     """The best plan in which stages are shared: from the given chains, from even cuts, and from the whole model on
     each node that has room for it."""

@@ -12,7 +12,7 @@ from bsns.core.ids import ModelId, PeerId
 from bsns.core.plan import Objective
 from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot, pair
 from bsns.planning.network import Network
-from bsns.planning.planner import make_plan, solve_chain
+from bsns.planning.planner import Clock, make_plan, solve_chain
 from bsns.planning.problem import ChainProblem, Stage, chain_problem
 from bsns.planning.rival_rules import RULES
 from bsns.topology.synthetic import KINDS, synthetic
@@ -28,7 +28,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def steps(count: int):  # type: ignore[no-untyped-def]
+def steps(count: int) -> Clock:
     """A clock that says there is a second left, so many times."""
     left = iter([1.0] * count)
     return lambda: next(left, 0.0)
