@@ -153,7 +153,7 @@ def test_a_killed_orchestrator_is_replaced_within_two_leases(nodes: int, rng: ra
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 5), st.randoms(use_true_random=False), st.floats(1.0, 10.0))
+@given(st.integers(2, 5), st.randoms(use_true_random=False), st.floats(1.0, 9.0))
 def test_over_a_slow_directory_all_agree_once_they_have_heard_each_other(
     nodes: int, rng: random.Random, slow_steps: float
 ) -> None:

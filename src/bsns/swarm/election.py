@@ -131,7 +131,8 @@ class Election:
                     self._claimed_s, self._confirmed = now_s, False
                 self._mine = lease
                 self.term = max(self.term, lease.term)
-                self._wake_s = self._claimed_s + self.step_s if not self._confirmed else now_s + self.renew_s
+                due_s = lease.expires_s - self.lease_s + self.renew_s  # from when it was issued: storing takes time too
+                self._wake_s = due_s if self._confirmed else min(due_s, self._claimed_s + self.step_s)
                 return []
             case Seen():
                 return self._look(event, now_s)
