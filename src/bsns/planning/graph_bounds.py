@@ -72,15 +72,19 @@ class Bounds:
         """The best bound, or the best before it had to stop. `at_most_s` is the bottleneck of a known partition;
         nothing is looked for beyond it."""
         best = self.quick(fleet)
+        part_of: tuple[int, ...] | None = None
         if fleet.machines > 1 and 1 < self.graph.count <= MAX_OPERATORS and best.value_s < at_most_s * (1 - 1e-9):
             chainlike = 0 < len(self._prefixes()) <= CHAINLIKE * self.graph.count
             arguments = (self._windows, self._exact, self._model)
             for argue in arguments if chainlike else (self._seeded, *arguments):
-                if best.value_s < at_most_s * (1 - PRECISION) and not should_stop():
-                    best = max(
-                        best, argue(fleet, best.value_s, at_most_s, should_stop), key=lambda bound: bound.value_s
-                    )
-        return replace(best, value_s=min(best.value_s, at_most_s))
+                if best.value_s >= at_most_s * (1 - PRECISION) or should_stop():
+                    break
+                found = argue(fleet, best.value_s, at_most_s, should_stop)
+                if found.part_of is not None:
+                    part_of = found.part_of
+                    at_most_s = min(at_most_s, float(part_costs(self.graph, part_of, fleet).max()))
+                best = max(best, found, key=lambda bound: bound.value_s)
+        return replace(best, value_s=min(best.value_s, at_most_s), part_of=part_of)
 
     def sizes(self, fleet: Fleet, limit_s: float) -> Floats:
         """Work and the io that comes with it at least: no part within the limit holds more than the limit of these."""

@@ -169,6 +169,14 @@ def test_a_chain_is_solved_and_a_wide_graph_is_bounded_beyond_its_work() -> None
     assert bounds._windows(fleet, counted_s, counted_s * 1.1, goes_on).value_s > counted_s * 1.004
 
 
+def test_a_better_partition_is_handed_on_even_where_its_bound_was_known() -> None:
+    graph = OperatorGraph(tuple("abc"), np.array([0.1, 1.0, 0.1]), np.zeros(3), np.zeros((0, 2)))
+    bound = Bounds(graph).lower(Fleet(2, 1.0), 1.1)
+    assert bound.value_s == pytest.approx(1.0)
+    assert bound.part_of is not None
+    assert part_costs(graph, bound.part_of, Fleet(2, 1.0)).max() == 1.0
+
+
 def test_it_stops_when_told() -> None:
     case = KINDS["branching"](60, np.random.default_rng(8))
     fleet = Fleet(6, case.bytes_per_s)
