@@ -23,7 +23,7 @@ from bsns.planning.exact import solve_exactly
 from bsns.planning.network import Network
 from bsns.planning.problem import Chain, ChainProblem, Stage
 from bsns.planning.reasons import check_room, left_out, no_chain_fits
-from bsns.planning.replicas import Shared, evaluate, share_out, teams_of
+from bsns.planning.replicas import Shared, evaluate, share_out, teams_of, without_stragglers
 from bsns.planning.rival_rules import RULES
 from bsns.planning.scale import candidates
 from bsns.planning.selection import Traits, Weights, select
@@ -187,6 +187,7 @@ def make_plan(
         chains = [solved.chain, *(chain for chain in rivals.values() if chain is not None)]
         shared = share_out(network, [teams_of(chain, nodes) for chain in chains], objective, remaining_s=remaining_s)
         shared = refine(network, shared, objective, rng=rng, remaining_s=remaining_s)
+        shared = min(without_stragglers(network, shared), alone, key=lambda found: found.value(objective))
         if any(len(team.nodes) > 1 for team in shared.teams):
             method += " + replicas"
     bound_s = plan_bound(network, problem, objective, solved, replicas=sharing)

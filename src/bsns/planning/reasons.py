@@ -35,7 +35,10 @@ def left_out(network: Network, shared: Shared, objective: Objective, *, replicas
         elif replicas and room < least_range:
             reason = f"no stage's range fits: it may use {_size(room)}, the smallest takes {_size(least_range)}"
         elif replicas:
-            reason = "as a replica it would make no slow stage faster: its way to the others is too long"
+            reason = (
+                f"as a replica it would help no stage: one block takes {_ms(alone_s)} on it and its way to the nearest "
+                f"{_ms(way_s)}, where the slowest stage takes {_ms(slowest_s)}"
+            )
         elif alone_s > slowest_s:
             reason = f"one block alone would take {_ms(alone_s)} on it, the slowest stage takes {_ms(slowest_s)}"
         elif alone_s + way_s > slowest_s:

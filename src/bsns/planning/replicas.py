@@ -16,6 +16,9 @@ from bsns.core.plan import Objective
 from bsns.planning.network import Ints, Network
 from bsns.planning.problem import Chain
 
+SLOWEST_REPLICA = 8.0
+"""A node that would take more than so many times a stage's time does not share it: what it adds to the throughput is
+little, and what a session that comes to it loses is much."""
 LARGE_TEAM = 64
 """Of a larger team only the fastest are looked at for the one that leads."""
 
@@ -122,6 +125,20 @@ def add_replicas(network: Network, teams: Teams, objective: Objective, *, spares
         if value < least or (spares and value <= least * (1 + 1e-9)):
             best = shared
     return best
+
+
+def without_stragglers(network: Network, shared: Shared) -> Shared:
+    """The same without nodes that are more than SLOWEST_REPLICA times as slow as the fastest of their team."""
+    teams: list[Team] = []
+    way_N = network.ends_N
+    for team in shared.teams:
+        nodes = np.array(team.nodes)
+        seconds = _work(network, team) * network.time_N[nodes] + way_N[nodes]
+        kept = nodes[seconds <= SLOWEST_REPLICA * seconds.min()]
+        teams.append(Team(team.start, team.end, tuple(kept.tolist())))
+        speed = 1 / (_work(network, team) * network.time_N[kept] + way_N[kept])
+        way_N = network.mean_way(kept, speed / speed.sum())
+    return evaluate(network, tuple(teams))
 
 
 def _handed_out(network: Network, shared: Shared) -> list[tuple[int, int]]:
