@@ -329,5 +329,6 @@ def _quiet_logs() -> None:
     structlog.configure(
         processors=[*structlog.get_config()["processors"][:-1], plain],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # asked at every use: standard error may be another one by then
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
