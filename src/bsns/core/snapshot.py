@@ -16,6 +16,9 @@ from bsns.core.ids import ModelId, PeerId
 
 SNAPSHOT_VERSION = 1
 MAX_TIME_S = 1e6
+LEAST_BLOCK_TIME_S = 1e-9
+LEAST_BYTES_PER_S = 1.0
+"""Figures beyond these are no measurements; sums and quotients of what lies within are finite."""
 MAX_SIZE = 2.0**60
 MAX_BLOCKS = 10_000
 
@@ -211,8 +214,10 @@ def check_node(node: NodeView) -> None:
     for name, (value, most) in figures.items():
         if not (0 <= value <= most):  # NaN compares false
             raise BadSnapshot(f"node {node.peer[:64]!r}: {name} is {value}")
-    if node.block_time_s == 0:
-        raise BadSnapshot(f"node {node.peer[:64]!r}: block_time_s is 0; measure it, or leave the node out")
+    if node.block_time_s < LEAST_BLOCK_TIME_S:
+        raise BadSnapshot(
+            f"node {node.peer[:64]!r}: block_time_s is {node.block_time_s:g}; measure it, or leave the node out"
+        )
 
 
 def check_shape(shape: ModelShape) -> None:
@@ -294,7 +299,7 @@ def _checked(link: Link, entry: _LinkEntry) -> Link:
     where = f"the link {entry.a[:64]} – {entry.b[:64]}"
     if not 0 <= link.round_trip_s <= MAX_TIME_S:
         raise BadSnapshot(f"{where}: round_trip_s is {link.round_trip_s}")
-    if not link.bytes_per_s > 0:
+    if not link.bytes_per_s >= LEAST_BYTES_PER_S:
         raise BadSnapshot(f"{where}: bytes_per_s is {link.bytes_per_s}")
     if not (0 <= link.spread_s <= MAX_TIME_S and link.age_s >= 0):
         raise BadSnapshot(f"{where}: spread_s or age_s is negative or no number")

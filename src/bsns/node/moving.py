@@ -112,10 +112,18 @@ class Mover:
                 return
             promise = self._room.cache_tokens((target,), sessions.reserved)
             if promise is None:
-                promise = self._room.least_tokens  # what the planner knew of our memory said that it fits
+                return  # whatever the plan says, it does not fit
         log.info("loading blocks for the plan", blocks=str(target), beside=[str(held) for held in sessions.ranges])
-        executor = await asyncio.to_thread(self._load, target)
-        sessions.resize(min(promise, sessions.cache_tokens) if sessions.ranges else promise)
+        promised = sessions.cache_tokens
+        if sessions.ranges:  # before the load, which takes seconds in which sessions open
+            sessions.resize(min(promise, promised))
+        try:
+            executor = await asyncio.to_thread(self._load, target)
+        except BaseException:
+            sessions.resize(promised)
+            raise
+        if not sessions.ranges:
+            sessions.resize(promise)
         self._worker.take_on(executor)
         self.moves += 1
         self._stuck = None

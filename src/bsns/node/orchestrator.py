@@ -148,18 +148,20 @@ class Orchestrator:
         plans = [plan for plan in await self._directory.plans() if self._ours(plan)]
         now_s = self._clock()
         draws = {record.peer: record.draw if record.state == "serving" else b"" for record in records}
-        for action in self.election.handle(Seen([lease_of(plan) for plan in plans], draws), now_s):
-            match action:
-                case Claim(lease):
-                    await self._store(self._record(lease))
-                case Stand(term):
-                    self._stand(self._draw(term))
-                case StepDown(to):
-                    log.info("no longer the orchestrator", to=to)
-        self._take_up(plans)
-        if self.election.acts(self._clock()):
-            await self._govern(records)
-        self._obey(self.plan, records, read_s)
+        try:
+            for action in self.election.handle(Seen([lease_of(plan) for plan in plans], draws), now_s):
+                match action:
+                    case Claim(lease):
+                        await self._store(self._record(lease))
+                    case Stand(term):
+                        self._stand(self._draw(term))
+                    case StepDown(to):
+                        log.info("no longer the orchestrator", to=to)
+            self._take_up(plans)
+            if self.election.acts(self._clock()):
+                await self._govern(records)
+        finally:  # whoever cannot govern now obeys all the same
+            self._obey(self.plan, records, read_s)
 
     def _ours(self, record: NodeRecord | PlanRecord) -> bool:
         shape = self._shape
@@ -248,7 +250,9 @@ class Orchestrator:
             )
         except BsnsError as error:
             log.info("no plan for the nodes that are here", reason=error.message)
-            return None
+        except Exception:
+            log.exception("planning failed; trying again when the swarm has changed")
+        return None
 
     def _tell_trouble(self, reason: str) -> None:
         """Log a failure once, not at every turn."""

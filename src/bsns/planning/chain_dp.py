@@ -274,12 +274,11 @@ def _least_mixture(
 def nearest_order(problem: ChainProblem) -> list[int]:
     """From the node nearest to the client (the fastest, where all are equally near), always on to the nearest."""
     order = [int(np.lexsort((problem.time_N, problem.entry_N))[0])]
-    left_N = np.ones(problem.node_count, dtype=bool)
-    left_N[order[0]] = False
-    while left_N.any():
-        node = int(np.where(left_N, problem.hop_NN[order[-1]], math.inf).argmin())
-        order.append(node)
-        left_N[node] = False
+    left = np.delete(np.arange(problem.node_count), order[0])
+    while len(left):
+        at = int(problem.hop_NN[order[-1], left].argmin())
+        order.append(int(left[at]))
+        left = np.delete(left, at)
     return order
 
 

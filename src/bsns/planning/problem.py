@@ -5,7 +5,6 @@ Suffixes say the axes: L blocks, N nodes. Times in seconds, sizes in bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,16 @@ from numpy.typing import NDArray
 from bsns.core.errors import BadSnapshot
 from bsns.core.ids import PeerId
 from bsns.core.plan import Objective
-from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot, check_node, check_shape
+from bsns.core.snapshot import (
+    LEAST_BYTES_PER_S,
+    MAX_TIME_S,
+    Link,
+    ModelShape,
+    NodeView,
+    Snapshot,
+    check_node,
+    check_shape,
+)
 
 Floats = NDArray[np.float64]
 
@@ -157,7 +165,7 @@ def chain_problem(
 
 def transfer_s(link: Link, size: float) -> float:
     """A message's way along a link. Raises BadSnapshot for impossible figures."""
-    if not (0 <= link.round_trip_s < math.inf and link.bytes_per_s > 0):
+    if not (0 <= link.round_trip_s <= MAX_TIME_S and link.bytes_per_s >= LEAST_BYTES_PER_S):
         raise BadSnapshot(f"a link has a round trip of {link.round_trip_s} s and {link.bytes_per_s} bytes/s")
     return link.transfer_s(size)
 

@@ -155,7 +155,11 @@ class Election:
         before = _best([lease for lease in (self._best, self._mine, self._last) if lease is not None])
         self._last = before
         self._best = _best(others)
-        self.term = max([self.term, *(lease.term for lease in seen.leases)])
+        # lapsed leases tell the term as well; those that nobody can hold do not: a member without a node, or with a
+        # lease of any length, could keep the term at the clock's for ever
+        soon_s = now_s + 2 * self.lease_s
+        terms = [lease.term for lease in seen.leases if lease.holder in here and lease.expires_s <= soon_s]
+        self.term = max([self.term, *terms])
         actions += self._give_way(now_s)
         holder = self.holder(now_s)
         if holder is not None:

@@ -9,6 +9,7 @@ import msgspec
 
 from bsns.core.errors import BadFrame, FrameTooLarge
 from bsns.core.ids import PeerId, SwarmId
+from bsns.core.snapshot import LEAST_BLOCK_TIME_S, LEAST_BYTES_PER_S, MAX_TIME_S
 from bsns.protocol.records import LinkRecord, NodeRecord, SignedRecord
 from bsns.swarm.identity import SIGNATURE_BYTES, public_key_of, verify
 from bsns.swarm.membership import Membership
@@ -119,7 +120,8 @@ def check_record(record: NodeRecord) -> None:
     _require(0 <= record.threads <= 65536, record, "impossible number of threads")
     _require(0 <= record.cache_tokens_left <= record.cache_tokens <= MAX_TOKENS, record, "impossible cache size")
     _require(0 <= record.rss_bytes <= MAX_BYTES, record, "impossible memory")
-    _require(math.isfinite(record.block_time_s) and 0 <= record.block_time_s <= 1e6, record, "impossible block time")
+    timed = LEAST_BLOCK_TIME_S <= record.block_time_s <= MAX_TIME_S
+    _require(timed or record.block_time_s == 0, record, "impossible block time")
     for start, end in record.others:
         _require(0 <= start < end <= record.block_count, record, "impossible block range")
     _require(len(record.others) <= MAX_OTHERS, record, "too many ranges")
@@ -131,7 +133,9 @@ def check_record(record: NodeRecord) -> None:
     for link in record.links:
         public_key_of(link.peer)
         figures = (link.round_trip_s, link.spread_s, link.measured_s)
-        _require(all(0 <= figure < 1e12 for figure in figures) and link.bytes_per_s > 0, record, "an impossible link")
+        _require(all(0 <= figure < 1e12 for figure in figures), record, "an impossible link")
+        _require(max(link.round_trip_s, link.spread_s) <= MAX_TIME_S, record, "an impossible link")
+        _require(link.bytes_per_s >= LEAST_BYTES_PER_S, record, "an impossible link")
     times = math.isfinite(record.started_s) and math.isfinite(record.expires_s)
     _require(times and 0 <= record.started_s <= record.expires_s, record, "impossible times")
 

@@ -81,6 +81,8 @@ def test_a_link_that_differs_by_direction_counts_as_the_slower_and_says_so() -> 
         (file(nodes=[{"peer": "a", "block_time_s": 1.0, "memory_bytes": 1}] * 2, links=[]), "same peer id"),
         (with_link(round_trip_s=-0.1), "round_trip_s is -0.1"),
         (with_link(bytes_per_s=0), "bytes_per_s is 0"),
+        (with_link(bytes_per_s=1e-308), "bytes_per_s is 1e-308"),
+        (with_node(block_time_s=1e-310), "block_time_s is 1e-310"),
         (with_link(spread_s=-1), "spread_s"),
         (with_link(b="c"), "does not lie between"),
         (with_link(b="a"), "does not lie between"),

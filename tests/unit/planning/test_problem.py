@@ -72,6 +72,8 @@ def test_a_node_the_client_did_not_reach_is_as_far_as_its_farthest() -> None:
         Snapshot(0.0, NODES, {pair(A, B): Link(math.nan)}),
         Snapshot(0.0, NODES, {pair(A, B): Link(0.1, 0.0)}),
         Snapshot(0.0, NODES, {}, {A: Link(0.1, math.nan)}),
+        Snapshot(0.0, NODES, {pair(A, B): Link(0.1, 1e-308)}),
+        Snapshot(0.0, (NodeView(A, 1e-310, 1),)),
     ],
 )
 def test_impossible_figures_are_refused(snapshot: Snapshot) -> None:

@@ -171,6 +171,16 @@ def test_terms_do_not_outrun_the_clock() -> None:
     assert [claim.term for claim in claims(one.handle(Seen((), {}), NOW_S + 11))] == [1011]
 
 
+def test_whoever_cannot_hold_a_lease_does_not_move_the_term() -> None:
+    """A member without a node, or with a lease that is too long, would keep everybody from claiming for ever."""
+    one = election()
+    stranger = lease(B, term=999, expires_s=NOW_S + 5)
+    long = lease(C, term=999, expires_s=NOW_S + 1000)
+    one.handle(Seen((stranger, long), draws(1, C)), NOW_S)
+    claimed = claims(one.handle(Seen((stranger, long), draws(1, C)), NOW_S + 30))
+    assert [claim.term for claim in claimed] == [1]
+
+
 def test_an_impossible_lease() -> None:
     with pytest.raises(BadOption):
         Election(A, lambda term: b"", lot_of, lease_s=0.0, stands=True)
