@@ -14,7 +14,7 @@ import typer
 from bsns.cli.console import Dtype, JsonFlag, Say, doing, emit, err, parse_seconds, run
 from bsns.cli.plan_table import as_dict, show
 from bsns.core.errors import BadOption, MissingBlocks
-from bsns.core.plan import Objective, Plan
+from bsns.core.plan import LEAST_CACHE_TOKENS, Objective, Plan
 from bsns.core.snapshot import ModelShape, Snapshot
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def plan(
     ] = None,
     cache_tokens: Annotated[
         int, typer.Option("--cache-tokens", min=1, metavar="N", help="KV cache each node promises, in tokens.")
-    ] = 2048,
+    ] = LEAST_CACHE_TOKENS,
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="Precision of the weights; auto: as the swarm does.")
     ] = "auto",

@@ -9,14 +9,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bsns.cli.console import out
-from bsns.core.plan import Alternative, Plan
+from bsns.core.plan import ONE_NODE, Alternative, Plan
 from bsns.core.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from bsns.cli.plan import Present
 
-ONE_NODE = "one node alone"
-"""What the planner calls the alternative of not cutting the model."""
 MAX_REASONS = 12
 PROVEN = 1e-4
 """A gap below this is a rounding of the proof's."""

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from bsns.cli.console import Dtype, JsonFlag, Say, doing, emit, out, parse_seconds, run
 from bsns.core.errors import BadOption, BadSnapshot
-from bsns.core.plan import Objective
+from bsns.core.plan import LEAST_CACHE_TOKENS, Objective
 from bsns.core.snapshot import ModelShape, Snapshot
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def build(
     deadline: Annotated[str, typer.Option("--deadline", metavar="TIME", help="How long to search for each.")] = "1s",
     cache_tokens: Annotated[
         int, typer.Option("--cache-tokens", min=1, metavar="N", help="KV cache each node promises, in tokens.")
-    ] = 2048,
+    ] = LEAST_CACHE_TOKENS,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights; auto: bfloat16.")] = "auto",
     as_json: JsonFlag = False,
 ) -> None:

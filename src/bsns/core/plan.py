@@ -12,6 +12,10 @@ from bsns.core.ids import ModelId, PeerId
 
 ROWS_PER_BLOCK_TIME = 4
 """How many further rows of a batch add about as much as the first, roughly: weights are read once for all of them."""
+LEAST_CACHE_TOKENS = 2048
+"""Of KV cache that a node keeps at least, and that a plan therefore counts on."""
+ONE_NODE = "one node alone"
+"""The alternative of not cutting the model."""
 
 
 @dataclass(frozen=True, slots=True)

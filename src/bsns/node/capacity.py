@@ -11,6 +11,7 @@ import torch
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, NotEnoughMemory, NotHere
+from bsns.core.plan import LEAST_CACHE_TOKENS
 from bsns.model.source import ModelSource
 from bsns.node.peer import Listen
 from bsns.planning.joining import choose_range
@@ -18,7 +19,6 @@ from bsns.planning.memory import fitting_blocks
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.election import LEASE_S
 
-LEAST_CACHE_TOKENS = 2048
 CACHE_SESSIONS = 32
 """Without a memory limit, cache is kept for this many sessions of a quarter of the context."""
 

@@ -18,7 +18,7 @@ import structlog
 from bsns.core.blocks import missing_blocks
 from bsns.core.errors import BsnsError, NotTheOrchestrator, StalePlan
 from bsns.core.ids import PeerId
-from bsns.core.plan import Objective, Plan
+from bsns.core.plan import LEAST_CACHE_TOKENS, Objective, Plan
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
@@ -30,8 +30,6 @@ from bsns.swarm.proposals import Planner, Proposal, assignments_of, propose
 
 log = structlog.get_logger(__name__)
 
-CACHE_TOKENS = 2048
-"""Of cache that every node of a plan has room for."""
 PLAN_S = 2.0
 """The most a search for a better plan may take; it shares its process with a node that serves."""
 QUIET_LEASES = 6
@@ -71,7 +69,7 @@ class Orchestrator:
         stand: Callable[[bytes], None],
         stands: bool = True,
         objective: Objective | None = None,
-        cache_tokens: int = CACHE_TOKENS,
+        cache_tokens: int = LEAST_CACHE_TOKENS,
         lease_s: float = LEASE_S,
         planner: Planner = best_plan,
         clock: Callable[[], float] = time.time,

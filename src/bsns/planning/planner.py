@@ -14,7 +14,7 @@ import numpy as np
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import MissingBlocks, NotEnoughMemory
-from bsns.core.plan import Alternative, Objective, Plan, PlannedStage
+from bsns.core.plan import LEAST_CACHE_TOKENS, ONE_NODE, Alternative, Objective, Plan, PlannedStage
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
 from bsns.planning.chain_dp import best_cut, nearest_order
@@ -150,7 +150,7 @@ def make_plan(
     shape: ModelShape,
     *,
     objective: Objective = THROUGHPUT,
-    cache_tokens: int = 2048,
+    cache_tokens: int = LEAST_CACHE_TOKENS,
     client_s: float = 0.0,
     rng: np.random.Generator,
     remaining_s: Clock,
@@ -201,7 +201,7 @@ def plan_by_weights(
     weights: Weights,
     *,
     objective: Objective = THROUGHPUT,
-    cache_tokens: int = 2048,
+    cache_tokens: int = LEAST_CACHE_TOKENS,
     client_s: float = 0.0,
 ) -> Plan:
     """The chain that a user's own weights pick, node by node (planning.selection); its gap is that of `objective`.
@@ -296,13 +296,13 @@ def _alternatives(problem: ChainProblem, rivals: Mapping[str, Chain | None]) -> 
 
 def _one_node(network: Network) -> Alternative:
     """The whole model on the best single node."""
-    need, name = float(network.bytes_L.sum()), "one node alone"
+    need = float(network.bytes_L.sum())
     fits_N = network.memory_N >= need
     if not fits_N.any():
         missing = (need - float(network.memory_N.max())) / 2**30
-        return Alternative(name, None, None, f"{missing:.3g} GiB are missing on the largest node")
+        return Alternative(ONE_NODE, None, None, f"{missing:.3g} GiB are missing on the largest node")
     compute_N = float(network.work_L.sum()) * network.time_N
     latency_N = np.where(fits_N, compute_N + 2 * network.ends_N + network.client_s, math.inf)
     node = int(latency_N.argmin())
     turn_s = max(float(compute_N[node] + network.ends_N[node]), float(network.ends_N[node]) + network.client_s)
-    return Alternative(name, turn_s, float(latency_N[node]))
+    return Alternative(ONE_NODE, turn_s, float(latency_N[node]))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from bsns.core.ids import PeerId
+from bsns.core.plan import ROWS_PER_BLOCK_TIME
 from bsns.protocol.records import NodeRecord
-
-ROWS_PER_BLOCK_TIME = 4
-"""As in worker.service: weights are read once for a batch, so that four further rows add about as much as the first."""
 
 
 def slowdown(sessions: int) -> float:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from bsns.core.blocks import missing_blocks
 from bsns.core.ids import ModelId, PeerId
+from bsns.core.plan import LEAST_CACHE_TOKENS
 from bsns.core.snapshot import Link, Pair, Snapshot, pair
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.records import MAX_LINKS
@@ -30,7 +31,6 @@ SKEW_S = 5.0
 STALE_S = 180.0
 YOUNG_S = 60.0
 """A node so young has not measured everybody yet."""
-LEAST_CACHE_TOKENS = 2048
 NEARLY_FULL = 0.05
 LOADING_S = 600.0
 MANY = 3

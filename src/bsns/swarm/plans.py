@@ -11,11 +11,12 @@ import msgspec
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, FrameTooLarge, NotTheOrchestrator, StalePlan
 from bsns.core.ids import ModelId, PeerId, SwarmId
+from bsns.core.snapshot import MAX_BLOCKS
 from bsns.protocol.plans import PlanRecord, SignedPlan
 from bsns.swarm.election import Lease
 from bsns.swarm.identity import SIGNATURE_BYTES, Identity, public_key_of, verify
 from bsns.swarm.membership import Membership
-from bsns.swarm.records import DTYPES, MAX_BLOCKS
+from bsns.swarm.records import DTYPES
 
 MAX_PLAN_BYTES = 256 * 1024
 MAX_ASSIGNMENTS = 4096

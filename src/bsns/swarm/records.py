@@ -9,7 +9,7 @@ import msgspec
 
 from bsns.core.errors import BadFrame, FrameTooLarge
 from bsns.core.ids import PeerId, SwarmId
-from bsns.core.snapshot import LEAST_BLOCK_TIME_S, LEAST_BYTES_PER_S, MAX_TIME_S
+from bsns.core.snapshot import LEAST_BLOCK_TIME_S, LEAST_BYTES_PER_S, MAX_BLOCKS, MAX_TIME_S
 from bsns.protocol.records import LinkRecord, NodeRecord, SignedRecord
 from bsns.swarm.identity import SIGNATURE_BYTES, public_key_of, verify
 from bsns.swarm.membership import Membership
@@ -20,7 +20,6 @@ MAX_LINKS = 24
 MAX_OTHERS = 2
 MAX_LIFETIME_S = 900.0
 """A record may not outlive this; a stolen or forgotten one is gone by then."""
-MAX_BLOCKS = 10_000
 MAX_ADDRESSES = 16
 MAX_ADDRESS = 256
 MAX_TOKENS = 2**40
@@ -127,15 +126,14 @@ def check_record(record: NodeRecord) -> None:
     _require(len(record.others) <= MAX_OTHERS, record, "too many ranges")
     _require(0 <= record.memory_bytes <= MAX_BYTES, record, "impossible memory")
     _require(0 <= record.sessions <= MAX_TOKENS, record, "impossible number of sessions")
-    _require(0 <= record.prefill_time_s <= 1e6 and 0 <= record.price <= 1e12, record, "impossible time or price")
+    _require(0 <= record.prefill_time_s <= MAX_TIME_S and 0 <= record.price <= 1e12, record, "impossible time or price")
     _require(len(record.draw) in (0, SIGNATURE_BYTES), record, "a lot of the wrong size")
     _require(len(record.links) <= MAX_LINKS, record, f"more than {MAX_LINKS} links")
     for link in record.links:
         public_key_of(link.peer)
-        figures = (link.round_trip_s, link.spread_s, link.measured_s)
-        _require(all(0 <= figure < 1e12 for figure in figures), record, "an impossible link")
-        _require(max(link.round_trip_s, link.spread_s) <= MAX_TIME_S, record, "an impossible link")
-        _require(link.bytes_per_s >= LEAST_BYTES_PER_S, record, "an impossible link")
+        timed = all(0 <= figure <= MAX_TIME_S for figure in (link.round_trip_s, link.spread_s))
+        sane = timed and 0 <= link.measured_s < 1e12 and link.bytes_per_s >= LEAST_BYTES_PER_S
+        _require(sane, record, "an impossible link")
     times = math.isfinite(record.started_s) and math.isfinite(record.expires_s)
     _require(times and 0 <= record.started_s <= record.expires_s, record, "impossible times")
 

@@ -12,11 +12,11 @@ import torch
 
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import PeerId, SessionId
+from bsns.core.plan import ROWS_PER_BLOCK_TIME
 from bsns.model.tensors import TORCH_DTYPES, to_memory
 from bsns.protocol.inference import Part
 from bsns.worker.batching import Batch, Work
 from bsns.worker.executor import Executor
-from bsns.worker.service import ROWS_PER_BLOCK_TIME
 from bsns.worker.sessions import Session
 
 CHUNK_ROWS = 128

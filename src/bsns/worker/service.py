@@ -14,6 +14,7 @@ import structlog
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLost, ProtocolError
 from bsns.core.ids import PeerId, SessionId
+from bsns.core.plan import ROWS_PER_BLOCK_TIME
 from bsns.protocol.frames import Message
 from bsns.protocol.greeting import Refusal
 from bsns.protocol.inference import (
@@ -44,8 +45,6 @@ log = structlog.get_logger(__name__)
 
 SHORT_S = 0.05
 """Batches expected to take less are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
-ROWS_PER_BLOCK_TIME = 4
-"""How many further rows add about as much as the first, roughly: weights are read once for all of them."""
 BUSY_S = 1.0
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""

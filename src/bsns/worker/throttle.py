@@ -16,9 +16,9 @@ from typing import TypeVar
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.ids import SessionId
+from bsns.core.plan import ROWS_PER_BLOCK_TIME
 from bsns.worker.batching import Batch
 from bsns.worker.executor import Executor
-from bsns.worker.service import ROWS_PER_BLOCK_TIME
 
 VARIABLE = "BSNS_BLOCK_TIME_MS"
 MAX_BLOCK_TIME_MS = 10_000.0

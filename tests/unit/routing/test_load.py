@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from test_chain import record
 
-from bsns.routing import load
 from bsns.routing.load import Loads, slowdown
-from bsns.worker import service
 
 
-def test_a_further_row_costs_what_the_worker_says() -> None:
-    assert service.ROWS_PER_BLOCK_TIME == load.ROWS_PER_BLOCK_TIME
+def test_a_further_row_costs_a_quarter_of_the_first() -> None:
     assert [slowdown(sessions) for sessions in (0, 1, 4)] == [1.0, 1.25, 2.0]
 
 
