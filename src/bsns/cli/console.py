@@ -261,6 +261,11 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def tell(line: str, style: str = "") -> None:
+    """One line on standard output, as it stands: nothing in it is taken for markup."""
+    out.print(line, style=style or None, markup=False, highlight=False)
+
+
 def say_error(message: str) -> None:
     """One line on standard error, however the message is laid out."""
     err.print("[bold red]error:[/] ", end="")

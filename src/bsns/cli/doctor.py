@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run
+from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
 from bsns.core.ids import PeerId
 from bsns.core.snapshot import Link, Snapshot
 from bsns.swarm.doctor import Finding, findings, short
@@ -71,7 +71,7 @@ def show(sight: Sight, found: list[Finding]) -> None:
     out.print("What looks wrong:" if any(finding.grave for finding in found) else "What might be better:")
     for finding in found:
         style = "red" if finding.grave else "yellow"
-        out.print(f"- {finding.text}", style=style, markup=False, highlight=False)
+        tell(f"- {finding.text}", style=style)
 
 
 def nodes_table(sight: Sight) -> Table:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bsns.cli.console import Dtype, JsonFlag, Say, doing, emit, err, parse_seconds, run
+from bsns.cli.files import read_file, read_shape, write_file
 from bsns.cli.plan_table import as_dict, show
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.plan import LEAST_CACHE_TOKENS, Objective, Plan
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from bsns.node.trial import Trial
     from bsns.planning.problem import Chain
 
-WORKERS = 2
-"""Threads of the exact solver."""
 SCHEMAS = 3
 """How many of the nearest schemas are looked at."""
 SCHEMA_GAP = 0.1
@@ -99,9 +98,9 @@ def plan(
                 seen, shape, present = await _ask_swarm(model, join, dtype, say, trial=trial)
             else:
                 assert snapshot is not None
-                seen, shape = Snapshot.from_json(_read(snapshot)), await asyncio.to_thread(_shape, model, dtype, [])
+                seen, shape = Snapshot.from_json(read_file(snapshot)), await asyncio.to_thread(read_shape, model, dtype)
             if save_snapshot is not None:
-                _write(save_snapshot, seen.to_json())
+                write_file(save_snapshot, seen.to_json())
             say("planning")
             client_s = present.trial.client_s if present else 0.0
             until_s = time.monotonic() + deadline_s
@@ -126,7 +125,7 @@ async def _ask_swarm(
 
     say("asking the swarm")
     seen = await observe_snapshot(invite)
-    shape = await asyncio.to_thread(_shape, model, dtype, [node.dtype for node in seen.nodes])
+    shape = await asyncio.to_thread(read_shape, model, dtype, [node.dtype for node in seen.nodes])
     if not trial:
         return seen, shape, None
     from bsns.node.client import Client
@@ -142,17 +141,6 @@ async def _ask_swarm(
     if tried is None:
         return seen, shape, None
     return seen, shape, Present(predicted_tokens_per_s(tried.route, seen, shape, tried.client_s), tried)
-
-
-def _shape(model: str, dtype: Dtype, in_use: list[str]) -> ModelShape:
-    file = Path(model).expanduser()
-    if file.suffix == ".json" and file.is_file():
-        return ModelShape.from_json(_read(file))
-    from bsns.model.shapes import shape_of
-    from bsns.model.source import resolve
-
-    common = max(set(in_use), key=in_use.count) if in_use else "bfloat16"
-    return shape_of(resolve(model), common if dtype == "auto" else dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +176,6 @@ def _make(seen: Snapshot, shape: ModelShape, asked: _Asked, remaining_s: Callabl
         rng=rng,
         remaining_s=remaining_s,
         warm=warm,
-        workers=WORKERS,
     )
     return replace(made, method=made.method + how)
 
@@ -203,7 +190,7 @@ def _from_schemas(
 
     if asked.schemas is None:
         return [], ""
-    library = from_json(_read(asked.schemas))
+    library = from_json(read_file(asked.schemas))
     found = lookup(
         library,
         seen,
@@ -215,7 +202,6 @@ def _from_schemas(
         SCHEMA_GAP,
         cache_tokens=asked.cache_tokens,
         client_s=asked.client_s,
-        workers=WORKERS,
     )
     number = {node.peer: n for n, node in enumerate(seen.nodes)}
     chain = tuple(Stage(number[found.problem.peers[node]], start, end) for node, start, end in found.chain)
@@ -234,17 +220,3 @@ def _draw(made: Plan, seen: Snapshot, shape: ModelShape, svg: Path) -> None:
         draw_plan(made, seen, shape, svg)
     except OSError as error:
         raise BadOption(f"{svg} cannot be written: {error.strerror}") from None
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise BadOption(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise BadOption(f"{file} cannot be written: {error.strerror}") from None

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from rich.text import Text
 
-from bsns.cli.console import out
+from bsns.cli.console import out, tell
 from bsns.core.plan import ONE_NODE, Alternative, Plan
 from bsns.core.snapshot import Snapshot
 
@@ -23,13 +23,13 @@ PROVEN = 1e-4
 def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
     """Print a plan: its stages, its speed, its proof, what it was compared with, and what it assumed."""
     out.print(_stages(plan, snapshot))
-    say(f"predicted: {speeds(plan)}")
+    tell(f"predicted: {speeds(plan)}")
     bound = plan.lower_bound_s * 1e3
     if plan.gap < PROVEN:
-        say(f"no plan can be better: found by {plan.method}, and proven ({bound:.4g} ms)")
+        tell(f"no plan can be better: found by {plan.method}, and proven ({bound:.4g} ms)")
     else:
         value = plan.value * 1e3
-        say(
+        tell(
             f"found by {plan.method}; at most {plan.gap:.1%} from the best possible "
             f"({value:.4g} ms, no plan is under {bound:.4g} ms)"
         )
@@ -37,17 +37,13 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
         predicted = present.predicted_tokens_per_s
         beside = f", predicted {predicted:.1f}" if predicted is not None else ""
         hops = " → ".join(f"…{hop.peer[-6:]} {hop.blocks}" for hop in present.trial.route)
-        say(f"the swarm as it is ({hops}), one stream: measured {present.trial.tokens_per_s:.1f} tokens/s{beside}")
+        tell(f"the swarm as it is ({hops}), one stream: measured {present.trial.tokens_per_s:.1f} tokens/s{beside}")
     if plan.alternatives:
         out.print(_alternatives(plan))
     for line in (*_left_out(plan), *advice(plan)):
-        say(line, style="yellow")
+        tell(line, style="yellow")
     for assumption in plan.assumptions:
-        say(f"assumed: {assumption}", style="dim")
-
-
-def say(line: str, style: str = "") -> None:
-    out.print(line, style=style or None, markup=False, highlight=False)
+        tell(f"assumed: {assumption}", style="dim")
 
 
 def speeds(plan: Plan) -> str:

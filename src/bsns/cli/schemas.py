@@ -13,8 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from bsns.cli.console import Dtype, JsonFlag, Say, doing, emit, out, parse_seconds, run
-from bsns.core.errors import BadOption, BadSnapshot
+from bsns.cli.console import Dtype, JsonFlag, Say, doing, emit, out, parse_seconds, run, tell
+from bsns.cli.files import read_file, read_shape, write_file
+from bsns.core.errors import BadSnapshot
 from bsns.core.plan import LEAST_CACHE_TOKENS, Objective
 from bsns.core.snapshot import ModelShape, Snapshot
 
@@ -78,17 +79,17 @@ def build(
             from bsns.planning.schema_file import to_json
 
             rng = np.random.default_rng(seed)
-            shape = await asyncio.to_thread(_shape, model, dtype)
-            swarms = drawn(count, shape, rng) if topologies == SYNTHETIC else read_swarms(_read(Path(topologies)))
+            shape = await asyncio.to_thread(read_shape, model, dtype)
+            swarms = drawn(count, shape, rng) if topologies == SYNTHETIC else read_swarms(read_file(Path(topologies)))
             library = await asyncio.to_thread(_build, shape, swarms, wanted, rng, deadline_s, cache_tokens, say)
             content = to_json(library)
-            _write(out_file, content)
+            write_file(out_file, content)
         if as_json:
             emit(as_dict(library) | {"file": str(out_file), "bytes": len(content)})
             return
-        _say(f"{len(library.schemas)} schemas of {library.model_name} in {out_file} ({len(content) / 1e3:.0f} kB)")
+        tell(f"{len(library.schemas)} schemas of {library.model_name} in {out_file} ({len(content) / 1e3:.0f} kB)")
         if library.skipped:
-            _say(f"{library.skipped} of {len(swarms)} swarms have too little memory and were skipped", style="yellow")
+            tell(f"{library.skipped} of {len(swarms)} swarms have too little memory and were skipped", style="yellow")
 
     run(verb(), as_json=as_json)
 
@@ -107,7 +108,7 @@ def show(
     async def verb() -> None:
         from bsns.planning.schema_file import from_json
 
-        library = from_json(_read(file))
+        library = from_json(read_file(file))
         if as_json:
             emit(as_dict(library))
             return
@@ -128,7 +129,7 @@ def show(
             )
         out.print(view)
         if len(library.schemas) > MOST_SHOWN:
-            _say(f"and {len(library.schemas) - MOST_SHOWN} more (--json has all)")
+            tell(f"and {len(library.schemas) - MOST_SHOWN} more (--json has all)")
 
     run(verb(), as_json=as_json)
 
@@ -213,31 +214,3 @@ def _build(
         cache_tokens=cache_tokens,
         told=lambda done: say(f"planning swarm {done + 1} of {len(swarms)}", done / len(swarms)),
     )
-
-
-def _shape(model: str, dtype: Dtype) -> ModelShape:
-    file = Path(model).expanduser()
-    if file.suffix == ".json" and file.is_file():
-        return ModelShape.from_json(_read(file))
-    from bsns.model.shapes import shape_of
-    from bsns.model.source import resolve
-
-    return shape_of(resolve(model), "bfloat16" if dtype == "auto" else dtype)
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.expanduser().read_bytes()
-    except OSError as error:
-        raise BadOption(f"{file} cannot be read: {error.strerror}") from None
-
-
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.write_bytes(content)
-    except OSError as error:
-        raise BadOption(f"{file} cannot be written: {error.strerror}") from None
-
-
-def _say(line: str, style: str = "") -> None:
-    out.print(line, style=style or None, markup=False, highlight=False)

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run
+from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
 from bsns.cli.up import in_block_order
 from bsns.core.blocks import missing_blocks
 
@@ -37,16 +37,14 @@ def status(join: JoinOption, as_json: JsonFlag = False) -> None:
             return
         out.print(table(nodes))
         for model, gaps in missing(nodes).items():
-            out.print(
+            tell(
                 f"nobody serves blocks {', '.join(gaps)} of {model}; "
                 f"start a node with: bsns serve MODEL --blocks {gaps[0]} --join INVITE",
                 style="yellow",
-                markup=False,
-                highlight=False,
             )
         for node in nodes:
             if node.error is not None:
-                out.print(f"{node.error}", style="red", markup=False, highlight=False)
+                tell(node.error, style="red")
 
     run(verb(), as_json=as_json)
 

@@ -10,7 +10,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bsns.cli.console import JsonFlag, doing, emit, out, run
+from bsns.cli.console import JsonFlag, doing, emit, out, run, tell
+from bsns.cli.files import read_file, write_file
 from bsns.core.errors import BadOption
 from bsns.core.snapshot import Snapshot
 
@@ -62,7 +63,7 @@ def topology(
                 seen = await asyncio.to_thread(drawn, synthetic)
             else:
                 assert snapshot is not None
-                seen = Snapshot.from_json(_read(snapshot))
+                seen = Snapshot.from_json(read_file(snapshot))
             say("computing")
             known, plain, weighted, told = await asyncio.to_thread(_shape, seen)
             if svg is not None:
@@ -100,20 +101,20 @@ def show(known: Distances, told: Summary) -> None:
     """Print the shape for people."""
     count = known.node_count
     if count == 1:
-        _say("one node: a network of one has no shape")
+        tell("one node: a network of one has no shape")
         return
     apart_ms = known.matrix_MM[known.matrix_MM > 0] * 1e3
     if len(apart_ms):
-        _say(f"{count} nodes; a token takes {apart_ms.min():.3g} to {apart_ms.max():.3g} ms from one to another")
+        tell(f"{count} nodes; a token takes {apart_ms.min():.3g} to {apart_ms.max():.3g} ms from one to another")
     for line in (*clusters_in_words(told), *loops_in_words(told)):
-        _say(line)
+        tell(line)
     if len(told.steps) > 1:
         view = Table("joined up to", "clusters", "loops open", box=SIMPLE_HEAD)
         for distance_s, groups, loops in told.steps:
             view.add_row(f"{distance_s * 1e3:.3g} ms", str(groups), str(loops))
         out.print(view)
     for note in known.assumptions:
-        _say(f"assumed: {note}", style="dim")
+        tell(f"assumed: {note}", style="dim")
 
 
 def clusters_in_words(told: Summary) -> list[str]:
@@ -187,22 +188,8 @@ def _draw(plain: Diagrams, weighted: Diagrams, nodes: int, svg: Path) -> None:
     from bsns.topology.plots import topology_svg
 
     picture = topology_svg(plain, weighted, f"{nodes} node{'s' if nodes != 1 else ''}")
-    try:
-        svg.write_bytes(picture)
-    except OSError as error:
-        raise BadOption(f"{svg} cannot be written: {error.strerror}") from None
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise BadOption(f"{file} cannot be read: {error.strerror}") from None
+    write_file(svg, picture)
 
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms"
-
-
-def _say(line: str, style: str = "") -> None:
-    out.print(line, style=style or None, markup=False, highlight=False)
