@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bsns.core.ids import PeerId
@@ -18,9 +18,9 @@ from bsns.planning.device_order import keys_of, path_of, search_orders
 from bsns.planning.exact import solve_exactly
 from bsns.planning.network import Network
 from bsns.planning.problem import Chain, ChainProblem, Stage
-from bsns.planning.replicas import add_replicas, evaluate, share_out, teams_of
+from bsns.planning.replicas import Teams, add_replicas, evaluate, share_out, teams_of
 from bsns.planning.rival_rules import RULES
-from bsns.planning.sharing import covers, refine
+from bsns.planning.sharing import refine
 
 OBJECTIVES = [Objective.named(name) for name in ("throughput", "latency", "mixed")]
 
@@ -89,6 +89,8 @@ def test_the_cut_of_an_order_equals_brute_force(seed: int, objective: Objective)
 
 @settings(deadline=None, max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
+@example(seed=10406, objective=Objective.named("mixed"))  # four blocks on two nodes, which once stood open for ever
+@example(seed=5007251, objective=Objective.named("throughput"))  # fewer blocks than nodes, once "proven" wrongly
 def test_the_exact_solver_equals_brute_force(seed: int, objective: Objective) -> None:
     small = problem(seed)
     solved = solve_exactly(small, objective, remaining_s=lambda: 10.0)
@@ -155,15 +157,23 @@ def test_no_teams_break_the_bound_with_replicas(seed: int, objective: Objective)
     assert math.isclose(alone.latency_s, small.cost(chain)[1])
     for shared in (
         alone,
-        add_replicas(network, alone.teams, objective, spares=True),
+        add_replicas(network, alone.teams, objective),
         share_out(network, [alone.teams], objective, remaining_s=lambda: 1.0),
         refine(network, alone, objective, rng=rng, remaining_s=iter([1.0] * 60 + [0.0] * 9).__next__),
     ):
-        assert covers(shared.teams, small.block_count)
+        assert stand_in_order(shared.teams, small.block_count)
         for team in shared.teams:
             assert (small.memory_N[list(team.nodes)] >= small.bytes_L[team.start : team.end].sum()).all()
         assert bound <= shared.value(objective) * (1 + 1e-9)
         assert shared.value(objective) <= alone.value(objective) * (1 + 1e-6)
+
+
+def stand_in_order(teams: Teams, block_count: int) -> bool:
+    """Whether teams take all blocks without a gap, each with a node, and no node twice."""
+    nodes = [node for team in teams for node in team.nodes]
+    whole = teams[0].start == 0 and teams[-1].end == block_count and all(team.nodes for team in teams)
+    gapless = all(one.end == other.start for one, other in itertools.pairwise(teams))
+    return whole and gapless and len(set(nodes)) == len(nodes)
 
 
 def network_of(small: ChainProblem) -> Network:

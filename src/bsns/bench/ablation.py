@@ -77,7 +77,7 @@ def measure(effort: Effort, told: Told) -> dict[str, Any]:
         for number in range(effort.held_out):
             told(f"seed {seed + 1} of {effort.seeds}: held-out swarm {number + 1} of {effort.held_out}")
             snapshot = _drawn(number, rng)
-            problem = problem_of(snapshot, SHAPE, OBJECTIVE)
+            problem = problem_of(snapshot, SHAPE)
             try:
                 best = solve_chain(problem, OBJECTIVE, rng=rng, remaining_s=clock(effort.best_s))
             except NotEnoughMemory:
@@ -171,7 +171,7 @@ def _looked_up(
 ) -> tuple[float, float]:
     """The values of the plan that is taken as it is (inf if none fits), and of the refined one, each timed whole."""
     start_s = time.perf_counter()
-    problem = problem_of(snapshot, SHAPE, OBJECTIVE)
+    problem = problem_of(snapshot, SHAPE)
     found = score(library, snapshot, problem, SHAPE, OBJECTIVE, LOOKED_AT, rng)
     ms["schema"].append((time.perf_counter() - start_s) * 1e3)
     start_s = time.perf_counter()

@@ -154,7 +154,6 @@ def _row(instance: Instance) -> dict[str, Any]:
             remaining_s=lambda: end_s - time.perf_counter(),
             engines=engines,
             warm=warm,
-            workers=2,
         )
         solved.append(found)
         return found.chain
@@ -198,7 +197,6 @@ def _scale(nodes: int) -> dict[str, Any]:
         cache_tokens=0,
         rng=np.random.default_rng(0),
         remaining_s=lambda: end_s - time.perf_counter(),
-        workers=2,
     )
     return {
         f"ms_{nodes}_nodes": round((time.perf_counter() - started_s) * 1e3, 1),

@@ -29,9 +29,9 @@ PATIENCE = 0.35
 """One question of the bisection gets so much of the time left; what it leaves open still counts where it is easier."""
 DIRECT_NODES = 32
 """Beyond, a mixed objective is bounded by its two parts first."""
-PORTFOLIO = 8
-"""Fewer workers than make a portfolio leave the linear relaxation to none of them: a question that one worker answers
-in 0.05 s stood open after 6 s with two (80 blocks, 64 nodes, clusters)."""
+WORKERS = 1
+"""Deterministic but for where the time ends. A few more are worse: none of them then has the linear relaxation, and a
+question that one answers in 0.05 s stood open after 6 s with two (80 blocks, 64 nodes, clusters)."""
 CIRCUIT_CUTS = 2
 """The linearization level that has cuts of the circuit: what took seconds takes hundredths."""
 PLAIN_SHARE = 0.25
@@ -56,14 +56,10 @@ def solve_exactly(
     hint: Chain | None = None,
     bound_s: float = 0.0,
     seed: int = 0,
-    workers: int = 1,
 ) -> ExactlySolved:
-    """Minimise the objective; `bound_s` is a bound already known. Infinite bound: no chain fits.
-
-    One worker is deterministic but for where the time ends.
-    """
+    """Minimise the objective; `bound_s` is a bound already known. Infinite bound: no chain fits."""
     alike = _alike(problem)
-    search = _Search(remaining_s, seed, workers)
+    search = _Search(remaining_s, seed)
     if alike and objective.latency == 0:
         found = _least_bottleneck(problem, search, hint, bound_s / objective.bottleneck)
         return ExactlySolved(found.chain, found.bound_s * objective.bottleneck, found.proven)
@@ -80,12 +76,11 @@ def _alike(problem: ChainProblem) -> bool:
 class _Search:
     remaining_s: Callable[[], float]
     seed: int
-    workers: int
 
     def for_share(self, share: float) -> _Search:
         """The same with so much of the time that is left now."""
         kept_s = self.remaining_s() * (1 - share)
-        return _Search(lambda: self.remaining_s() - kept_s, self.seed, self.workers)
+        return _Search(lambda: self.remaining_s() - kept_s, self.seed)
 
     def run(
         self, model: cp_model.CpModel, share: float = 1.0, enough: int | None = None
@@ -105,8 +100,12 @@ class _Search:
 
     def _least(self, model: cp_model.CpModel, budget_s: float) -> tuple[cp_model.CpSolver, Any]:
         """Minimise: for a while without the linear relaxation, which alone can stand before a handful of blocks on two
-        nodes for ever; then with it. Of what neither settles, whichever found the better solution."""
+        nodes for ever; then with it. Of what neither settles, whichever found the better solution.
+
+        The first restarts often and changes what it branches on. The default raises the value by a unit at a time,
+        and stood before four blocks on two nodes for as long as it was let."""
         plain = self._solver(budget_s * PLAIN_SHARE, 0)
+        plain.parameters.search_branching = cp_model.PORTFOLIO_WITH_QUICK_RESTART_SEARCH
         status = plain.solve(model)
         if status in (cp_model.OPTIMAL, cp_model.INFEASIBLE):
             return plain, status
@@ -121,7 +120,7 @@ class _Search:
     def _solver(self, budget_s: float, linearization: int) -> cp_model.CpSolver:
         solver = cp_model.CpSolver()
         solver.parameters.max_time_in_seconds = max(LEAST_S, budget_s)
-        solver.parameters.num_workers = self.workers if self.workers >= PORTFOLIO else 1
+        solver.parameters.num_workers = WORKERS
         solver.parameters.random_seed = self.seed
         solver.parameters.linearization_level = linearization
         return solver
@@ -227,6 +226,8 @@ def _reaches_end(
     if not any(before == 0 for before, _, _ in arcs) or not any(node == 0 for _, node, _ in arcs):
         return cp_model.INFEASIBLE, None  # nobody can be first, or last; the circuit would leave the client out
     model.add_circuit(arcs)
+    if problem.node_count > problem.block_count:
+        model.add(sum(taken) <= problem.block_count)  # whoever is on the way takes a block
     # asked for the most blocks rather than for enough, the linear relaxation leads: four times faster to refute
     model.maximize(cp_model.LinearExpr.weighted_sum(taken, counts))
     solver, status = search.run(model, PATIENCE, enough=problem.block_count)

@@ -93,7 +93,6 @@ def solve_chain(
     remaining_s: Clock,
     warm: Sequence[Chain] = (),
     engines: Sequence[str] = ENGINES,
-    workers: int = 1,
 ) -> Solved:
     """The best chain that the engines find in time. Equal generators and enough time give equal chains.
 
@@ -128,7 +127,6 @@ def solve_chain(
             hint=best.chain,
             bound_s=best.bound_s,
             seed=int(rng.integers(2**31)),
-            workers=workers,
         )
         best.offer(solved.chain, "exact")
         best.bound_s = max(best.bound_s, solved.bound_s)
@@ -156,7 +154,6 @@ def make_plan(
     remaining_s: Clock,
     warm: Sequence[Chain] = (),
     replicas: bool = True,
-    workers: int = 1,
 ) -> Plan:
     """The plan for a swarm and a model. `warm`: chains to start from, nodes numbered as in `snapshot.nodes`.
 
@@ -164,7 +161,7 @@ def make_plan(
     """
     network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
     check_room(network, shape, cache_tokens)
-    nodes = np.union1d(candidates(network, objective), [stage.node for chain in warm for stage in chain]).astype(int)
+    nodes = np.union1d(candidates(network), [stage.node for chain in warm for stage in chain]).astype(int)
     place = {node: number for number, node in enumerate(nodes.tolist())}
     problem = network.problem(nodes)
     sharing = replicas and network.node_count > 1
@@ -176,7 +173,6 @@ def make_plan(
             rng=rng,
             remaining_s=lambda: remaining_s() - kept_s,
             warm=[tuple(Stage(place[node], start, end) for node, start, end in chain) for chain in warm],
-            workers=workers,
         )
     except NotEnoughMemory:
         raise no_chain_fits(network, shape, cache_tokens) from None
@@ -210,7 +206,7 @@ def plan_by_weights(
     """
     network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
     check_room(network, shape, cache_tokens)
-    nodes = candidates(network, objective)
+    nodes = candidates(network)
     problem = network.problem(nodes)
     chain = select(problem, weights, traits=Traits.of([snapshot.nodes[node] for node in nodes]))
     if chain is None:

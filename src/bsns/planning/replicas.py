@@ -103,10 +103,10 @@ def _leaders(network: Network, teams: Teams) -> tuple[list[int], float]:
     return leaders[::-1], latency_s
 
 
-def add_replicas(network: Network, teams: Teams, objective: Objective, *, spares: bool) -> Shared:
+def add_replicas(network: Network, teams: Teams, objective: Objective) -> Shared:
     """Hand the nodes that are left over, fastest first, to the stage that is slowest then and has room on them.
 
-    Kept up to where the value is best; with `spares`, those beyond that do no harm as well.
+    Kept up to where the value is best, and those beyond that do no harm as well.
     """
     best = evaluate(network, teams)
     steps = _handed_out(network, best)
@@ -122,7 +122,7 @@ def add_replicas(network: Network, teams: Teams, objective: Objective, *, spares
             tuple(Team(team.start, team.end, tuple(nodes)) for team, nodes in zip(teams, members, strict=True)),
         )
         value, least = shared.value(objective), best.value(objective)
-        if value < least or (spares and value <= least * (1 + 1e-9)):
+        if value <= least * (1 + 1e-9):
             best = shared
     return best
 
@@ -208,7 +208,7 @@ def share_out(
     for teams in starts:
         if best is not None and remaining_s() <= 0:
             break
-        shared = add_replicas(network, teams, objective, spares=True)
+        shared = add_replicas(network, teams, objective)
         if best is None or shared.value(objective) < best.value(objective):
             best = shared
     assert best is not None, "there is at least the chain that was found"

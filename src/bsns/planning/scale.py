@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from bsns.core.plan import Objective
 from bsns.planning.bounds import bottleneck_floor
 from bsns.planning.network import Ints, Network
 
@@ -18,7 +17,7 @@ CANDIDATES = 64
 SEEDS = 24
 
 
-def candidates(network: Network, objective: Objective) -> Ints:
+def candidates(network: Network) -> Ints:
     """The numbers of the nodes to plan with; all of them in a small network."""
     if network.node_count <= DENSE_NODES:
         return np.arange(network.node_count)
@@ -51,7 +50,6 @@ def candidates(network: Network, objective: Objective) -> Ints:
             chosen.append(node)
         if len(chosen) >= CANDIDATES:
             break
-    del objective
     return np.array(sorted(chosen), dtype=np.int64)
 
 

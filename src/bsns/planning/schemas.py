@@ -84,7 +84,6 @@ def build(
     rng: np.random.Generator,
     clock: Callable[[], Clock],
     cache_tokens: int = 0,
-    workers: int = 1,
     told: Callable[[int], None] = lambda done: None,
 ) -> Library:
     """Solve the model for each swarm, with a new clock for each; those with too little memory are skipped and counted.
@@ -95,9 +94,9 @@ def build(
     skipped = 0
     for number, snapshot in enumerate(snapshots):
         told(number)
-        problem = problem_of(snapshot, shape, objective, cache_tokens=cache_tokens)
+        problem = problem_of(snapshot, shape, cache_tokens=cache_tokens)
         try:
-            solved = solve_chain(problem, objective, rng=rng, remaining_s=clock(), workers=workers)
+            solved = solve_chain(problem, objective, rng=rng, remaining_s=clock())
         except NotEnoughMemory:
             skipped += 1
             continue
@@ -150,7 +149,6 @@ def lookup(
     key: Key = "ph",
     cache_tokens: int = 0,
     client_s: float = 0.0,
-    workers: int = 1,
 ) -> Outcome:
     """A plan for this swarm by way of the library, the cheapest of three steps that is good enough.
 
@@ -158,7 +156,7 @@ def lookup(
     search that starts from it; and if it then still is more than `max_gap` above the bound, or none fits, a fresh
     search has the rest of the time. Raises BadSnapshot, and NotEnoughMemory where no chain fits.
     """
-    problem = problem_of(snapshot, shape, objective, cache_tokens=cache_tokens, client_s=client_s)
+    problem = problem_of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
     found = score(library, snapshot, problem, shape, objective, m, rng, key=key)
     bound_s = _bound(problem, snapshot, shape, objective, cache_tokens, client_s)
     whole = problem.node_count == len(snapshot.nodes)
@@ -170,7 +168,7 @@ def lookup(
         return Outcome(problem, chain, value, least_s, how, None if how == "fresh" else found[0][1], scored)
 
     if not found:
-        fresh = solve_chain(problem, objective, rng=rng, remaining_s=remaining_s, workers=workers)
+        fresh = solve_chain(problem, objective, rng=rng, remaining_s=remaining_s)
         return outcome("fresh", fresh.value, fresh.chain, fresh.lower_bound_s)
     value, _, chain = found[0]
     if value <= bound_s * (1 + GOOD_GAP):
@@ -183,19 +181,17 @@ def lookup(
     near = outcome("refined", refined.value, refined.chain, refined.lower_bound_s)
     if near.value_s <= near.lower_bound_s * (1 + max_gap):
         return near
-    fresh = solve_chain(problem, objective, rng=rng, remaining_s=remaining_s, warm=[refined.chain], workers=workers)
+    fresh = solve_chain(problem, objective, rng=rng, remaining_s=remaining_s, warm=[refined.chain])
     better = fresh.value < refined.value
     return outcome("fresh" if better else "refined", fresh.value, fresh.chain, fresh.lower_bound_s)
 
 
-def problem_of(
-    snapshot: Snapshot, shape: ModelShape, objective: Objective, *, cache_tokens: int = 0, client_s: float = 0.0
-) -> ChainProblem:
+def problem_of(snapshot: Snapshot, shape: ModelShape, *, cache_tokens: int = 0, client_s: float = 0.0) -> ChainProblem:
     """The chain problem of a swarm; of a large one with the nodes that are worth looking at. Raises BadSnapshot."""
     if len(snapshot.nodes) <= DENSE_NODES:
         return chain_problem(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
     network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
-    return network.problem(candidates(network, objective))
+    return network.problem(candidates(network))
 
 
 def _bound(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 
@@ -47,7 +46,7 @@ def refine(
             now, value = changed, after
         elif idle % 100 == 0:
             now, value = best, least
-    improved = add_replicas(network, best, objective, spares=True)
+    improved = add_replicas(network, best, objective)
     return improved if improved.value(objective) < shared.value(objective) else shared
 
 
@@ -163,10 +162,3 @@ def _fitting(network: Network, team: Team) -> Team:
     """The team without those whose memory is too small."""
     need = float(network.bytes_L[team.start : team.end].sum())
     return Team(team.start, team.end, tuple(node for node in team.nodes if network.memory_N[node] >= need))
-
-
-def covers(teams: Teams, block_count: int) -> bool:
-    """Whether teams stand in order without a gap, each with a node, and none twice."""
-    nodes = [node for team in teams for node in team.nodes]
-    whole = teams[0].start == 0 and teams[-1].end == block_count
-    return whole and all(one.end == other.start for one, other in pairwise(teams)) and len(set(nodes)) == len(nodes)

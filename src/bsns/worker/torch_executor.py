@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import torch
 
 from bsns.core.blocks import BlockRange
@@ -62,14 +59,3 @@ class TorchExecutor:
         output = to_memory(output_ND)
         row_bytes = output.nbytes // start
         return [output[segment.start * row_bytes : segment.end * row_bytes] for segment in segments]
-
-    def measure_block_time_s(self, repeats: int = 5) -> float:
-        """Median seconds one block takes for one new token, measured on the real layers."""
-        hidden_1D = torch.zeros(1, self.hidden_size)
-        cache = KVCache(repeats + 1)
-        times: list[float] = []
-        for position in range(repeats + 1):
-            started = time.perf_counter()
-            self._stage.run(hidden_1D, [Segment(cache, position, 0, 1)])
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[1:]) / len(self.blocks)

@@ -106,7 +106,7 @@ def test_building_skips_and_counts_what_cannot_hold_the_model():
 @pytest.mark.parametrize("key", KEYS)
 def test_looking_up_by_every_key(library, key):
     swarm = draw("uniform", 11, 50)
-    problem = problem_of(swarm, SHAPE, THROUGHPUT)
+    problem = problem_of(swarm, SHAPE)
     found = score(library, swarm, problem, SHAPE, THROUGHPUT, 3, np.random.default_rng(1), key=key)
     assert len(found) == 3
     assert [value for value, _, _ in found] == sorted(value for value, _, _ in found)
@@ -143,7 +143,7 @@ def test_a_plan_that_is_good_enough_is_taken_as_it_is(library):
 
 def test_a_plan_above_the_bound_is_refined_and_else_searched_for_afresh(library):
     swarm = draw("scale_free", 10, 60)
-    scores = score(library, swarm, problem_of(swarm, SHAPE, THROUGHPUT), SHAPE, THROUGHPUT, 3, np.random.default_rng(0))
+    scores = score(library, swarm, problem_of(swarm, SHAPE), SHAPE, THROUGHPUT, 3, np.random.default_rng(0))
     for max_gap, hows in ((math.inf, {"refined"}), (0.0, {"fresh", "refined"})):
         found = lookup(library, swarm, SHAPE, THROUGHPUT, 3, np.random.default_rng(0), ticking(6), max_gap)
         assert found.how in hows
@@ -198,7 +198,7 @@ def test_a_library_survives_its_file(library):
             score(
                 kept,
                 swarm,
-                problem_of(swarm, SHAPE, THROUGHPUT),
+                problem_of(swarm, SHAPE),
                 SHAPE,
                 THROUGHPUT,
                 3,
