@@ -79,6 +79,7 @@ def same(one: float, other: float) -> bool:
 
 @settings(deadline=None, max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
+@example(seed=249, objective=Objective.named("mixed"))  # rounding once kept it from ever ending
 def test_the_cut_of_an_order_equals_brute_force(seed: int, objective: Objective) -> None:
     small = problem(seed)
     order = np.random.default_rng(seed).permutation(small.node_count).tolist()

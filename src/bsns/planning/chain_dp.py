@@ -265,7 +265,8 @@ def _least_mixture(
         if problem.value(chain, objective) < value:
             best, value = chain, problem.value(chain, objective)
         bottleneck_s, less_s = problem.cost(chain)
-        intervals.append((low_s, bottleneck_s, less_s))
+        # by rounding a chain may be a little above the limit it was found with: what is left must shrink all the same
+        intervals.append((low_s, min(bottleneck_s, middle_s), less_s))
         if wide:
             intervals.append((middle_s, high_s, latency_s))
     return best
