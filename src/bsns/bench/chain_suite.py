@@ -19,8 +19,9 @@ from bsns.core.ids import ModelId
 from bsns.core.plan import Objective
 from bsns.core.snapshot import ModelShape
 from bsns.planning.bounds import lower_bound
+from bsns.planning.network import chain_problem
 from bsns.planning.planner import Solved, best_cut_nearest, make_plan, solve_chain
-from bsns.planning.problem import Chain, ChainProblem, chain_problem
+from bsns.planning.problem import Chain, ChainProblem
 from bsns.planning.rival_rules import by_memory, by_speed, equal, petals
 from bsns.topology.synthetic import KINDS, Kind, synthetic
 

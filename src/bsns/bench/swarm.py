@@ -30,8 +30,9 @@ from bsns.model.source import ModelSource, resolve
 from bsns.node.client import Client
 from bsns.node.snapshots import observe_snapshot
 from bsns.planning.joining import equal_split
+from bsns.planning.network import chain_problem
 from bsns.planning.planner import make_plan
-from bsns.planning.problem import Chain, Stage, chain_problem
+from bsns.planning.problem import Chain, Stage
 from bsns.worker.throttle import VARIABLE
 
 DTYPE = "bfloat16"

@@ -14,7 +14,8 @@ from bsns.cli.plan_table import speeds
 from bsns.core.ids import PeerId
 from bsns.core.plan import Plan
 from bsns.core.snapshot import ModelShape, Snapshot
-from bsns.planning.problem import Floats, chain_problem
+from bsns.planning.network import chain_problem
+from bsns.planning.problem import Floats
 
 MAX_LABELS = 40
 """Beyond so many nodes only those of the chain are named."""

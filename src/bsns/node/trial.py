@@ -9,7 +9,8 @@ from bsns.client.generate import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.node.client import Client
-from bsns.planning.problem import Stage, chain_problem
+from bsns.planning.network import chain_problem
+from bsns.planning.problem import Stage
 from bsns.routing.chain import Route
 
 PROMPT = "Count slowly from one to one hundred, in words:"

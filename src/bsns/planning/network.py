@@ -15,17 +15,23 @@ from numpy.typing import NDArray
 
 from bsns.core.errors import BadSnapshot
 from bsns.core.ids import PeerId
-from bsns.core.snapshot import ModelShape, Snapshot, check_node, check_shape
-from bsns.planning.bounds import Floors, most_work
-from bsns.planning.problem import (
-    ASSUMED_BYTES_PER_S,
-    ASSUMED_ROUND_TRIP_S,
-    ChainProblem,
-    Floats,
-    transfer_s,
+from bsns.core.snapshot import (
+    LEAST_BYTES_PER_S,
+    MAX_TIME_S,
+    Link,
+    ModelShape,
+    Snapshot,
+    check_node,
+    check_shape,
 )
+from bsns.planning.bounds import Floors, most_work
+from bsns.planning.problem import ChainProblem, Floats
 
 Ints = NDArray[np.int64]
+
+ASSUMED_ROUND_TRIP_S = 0.02
+"""Of a link that neither was measured nor can be guessed from its ends' other links."""
+ASSUMED_BYTES_PER_S = 12.5e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,10 @@ class Network:
 
     @classmethod
     def of(cls, snapshot: Snapshot, shape: ModelShape, *, cache_tokens: int = 0, client_s: float = 0.0) -> Network:
-        """Same figures as `chain_problem` gives for all nodes. Raises BadSnapshot."""
+        """The snapshot's nodes and links for this model; every node promises `cache_tokens` of cache.
+
+        What nobody measured is assumed, and `assumptions` says so. Raises BadSnapshot.
+        """
         check_shape(shape)
         nodes = snapshot.nodes
         if not nodes:
@@ -165,6 +174,21 @@ class Network:
         cheapest_N = np.where(measured_N < count - 1, np.minimum(cheapest_N, self.typical_N), cheapest_N)
         most_N = most_work(self.work_L, self.bytes_L, self.memory_N)
         return Floors(self.work_L, self.time_N, most_N, cheapest_N, self.ends_N, self.ends_N, self.client_s)
+
+
+def chain_problem(
+    snapshot: Snapshot, shape: ModelShape, *, cache_tokens: int = 0, client_s: float = 0.0
+) -> ChainProblem:
+    """The problem of all nodes of a snapshot, see `Network.of`: a table of all pairs. Raises BadSnapshot."""
+    network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
+    return network.problem(range(network.node_count))
+
+
+def transfer_s(link: Link, size: float) -> float:
+    """A message's way along a link. Raises BadSnapshot for impossible figures."""
+    if not (0 <= link.round_trip_s <= MAX_TIME_S and link.bytes_per_s >= LEAST_BYTES_PER_S):
+        raise BadSnapshot(f"a link has a round trip of {link.round_trip_s} s and {link.bytes_per_s} bytes/s")
+    return link.transfer_s(size)
 
 
 def _medians(from_E: Ints, way_E: Floats, count: int, otherwise_s: float) -> Floats:

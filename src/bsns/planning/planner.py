@@ -59,6 +59,8 @@ class Solved:
     method: str
     """Which engine found it."""
     proven: bool
+    rules: Mapping[str, Chain | None] = field(default_factory=dict)
+    """The chains of others' rules, where they were asked for."""
 
 
 @dataclass(slots=True)
@@ -71,7 +73,6 @@ class Best:
     chain: Chain | None = None
     value: float = math.inf
     method: str = ""
-    tried: dict[str, Chain | None] = field(default_factory=dict)
 
     def offer(self, chain: Chain | None, method: str) -> None:
         if chain is None or not self.problem.fits(chain):
@@ -101,15 +102,16 @@ def solve_chain(
     best = Best(problem, objective, lower_bound(problem, objective))
     for chain in warm:
         best.offer(chain, "warm start")
+    rules: dict[str, Chain | None] = {}
     if "rules" in engines:
         for name, rule in RULES.items():
-            best.tried[name] = rule(problem)
-            best.offer(best.tried[name], name)
+            rules[name] = rule(problem)
+            best.offer(rules[name], name)
     best.offer(best_cut_nearest(problem, objective), "dynamic programming")
     exact = "exact" in engines and problem.node_count <= EXACT_NODES
     if "brkga" in engines and not best.proven and remaining_s() > 0:
         left_s = remaining_s() * (1 - BRKGA_SHARE if exact else 0.0)
-        starts = [chain for chain in (best.chain, *best.tried.values(), *warm) if chain is not None]
+        starts = [chain for chain in (best.chain, *rules.values(), *warm) if chain is not None]
         found = search_orders(
             problem,
             objective,
@@ -135,7 +137,7 @@ def solve_chain(
     bottleneck_s, latency_s = problem.cost(best.chain)
     bound_s = min(best.bound_s, best.value)
     gap = best.value / bound_s - 1 if bound_s > 0 else (0.0 if best.value == 0 else math.inf)
-    return Solved(best.chain, bottleneck_s, latency_s, best.value, bound_s, gap, best.method, gap <= PROVEN_GAP)
+    return Solved(best.chain, bottleneck_s, latency_s, best.value, bound_s, gap, best.method, gap <= PROVEN_GAP, rules)
 
 
 def best_cut_nearest(problem: ChainProblem, objective: Objective) -> Chain | None:
@@ -176,18 +178,17 @@ def make_plan(
         )
     except NotEnoughMemory:
         raise no_chain_fits(network, shape, cache_tokens) from None
-    rivals = {name: rule(problem) for name, rule in RULES.items()}
     alone = evaluate(network, teams_of(solved.chain, nodes))
     shared, method = alone, solved.method
     if sharing:
-        chains = [solved.chain, *(chain for chain in rivals.values() if chain is not None)]
+        chains = [solved.chain, *(chain for chain in solved.rules.values() if chain is not None)]
         shared = share_out(network, [teams_of(chain, nodes) for chain in chains], objective, remaining_s=remaining_s)
         shared = refine(network, shared, objective, rng=rng, remaining_s=remaining_s)
         shared = min(without_stragglers(network, shared), alone, key=lambda found: found.value(objective))
         if any(len(team.nodes) > 1 for team in shared.teams):
             method += " + replicas"
     bound_s = plan_bound(network, problem, objective, solved, replicas=sharing)
-    alternatives = (*_alternatives(problem, rivals), _one_node(network))
+    alternatives = (*_alternatives(problem, solved.rules), _one_node(network))
     return _plan(network, shape, objective, shared, method, bound_s, alternatives, replicas=sharing)
 
 

@@ -21,7 +21,7 @@ from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
 from bsns.planning.likeness import Key, Likeness, likeness, nearest
 from bsns.planning.network import Network
 from bsns.planning.planner import Clock, solve_chain
-from bsns.planning.problem import Chain, ChainProblem, chain_problem
+from bsns.planning.problem import Chain, ChainProblem
 from bsns.planning.scale import DENSE_NODES, candidates
 from bsns.planning.transfer import Role, roles_of, transferred
 
@@ -188,8 +188,6 @@ def lookup(
 
 def problem_of(snapshot: Snapshot, shape: ModelShape, *, cache_tokens: int = 0, client_s: float = 0.0) -> ChainProblem:
     """The chain problem of a swarm; of a large one with the nodes that are worth looking at. Raises BadSnapshot."""
-    if len(snapshot.nodes) <= DENSE_NODES:
-        return chain_problem(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
     network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
     return network.problem(candidates(network))
 

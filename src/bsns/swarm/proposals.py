@@ -11,7 +11,7 @@ from bsns.core.ids import PeerId
 from bsns.core.plan import Objective, Plan
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.planning.layouts import Cost, layout_cost, why_move
-from bsns.planning.problem import chain_problem
+from bsns.planning.network import chain_problem
 from bsns.protocol.plans import Assignment, PlanRecord
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.plans import ranges_of

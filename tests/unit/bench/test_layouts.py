@@ -10,7 +10,8 @@ from bsns.bench.layouts import Layout, as_plan, compared_speeds, summary
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot, pair
 from bsns.node.client import Client
-from bsns.planning.problem import Chain, Stage, chain_problem
+from bsns.planning.network import chain_problem
+from bsns.planning.problem import Chain, Stage
 
 PEERS = [PeerId(name) for name in ("a", "b", "c")]
 SHAPE = ModelShape(ModelId("m"), "m", (100,) * 6, 1, 1000)

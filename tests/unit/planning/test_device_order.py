@@ -12,10 +12,11 @@ from bsns.core.ids import ModelId
 from bsns.core.plan import Objective
 from bsns.core.snapshot import ModelShape
 from bsns.planning.device_order import search_orders
+from bsns.planning.network import chain_problem
 from bsns.planning.order_costs import MISFIT, Scorer
 from bsns.planning.path_search import NEVER, PathSearch
 from bsns.planning.planner import best_cut_nearest, solve_chain
-from bsns.planning.problem import ChainProblem, Stage, chain_problem
+from bsns.planning.problem import ChainProblem, Stage
 from bsns.topology.synthetic import synthetic
 
 SHAPE = ModelShape(ModelId("m"), "m", (10**9,) * 6, 0, 8192)

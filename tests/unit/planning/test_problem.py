@@ -11,7 +11,8 @@ from bsns.core.errors import BadSnapshot
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.plan import Objective
 from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot, pair
-from bsns.planning.problem import ASSUMED_BYTES_PER_S, ASSUMED_ROUND_TRIP_S, Stage, chain_problem
+from bsns.planning.network import ASSUMED_BYTES_PER_S, ASSUMED_ROUND_TRIP_S, chain_problem
+from bsns.planning.problem import Stage
 
 SHAPE = ModelShape(ModelId("m"), "m", (100, 100, 200), kv_bytes_per_token_per_block=2, hidden_bytes=1000)
 A, B, C = (PeerId(name) for name in "abc")

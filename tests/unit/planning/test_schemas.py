@@ -12,7 +12,7 @@ from bsns.core.ids import ModelId, PeerId
 from bsns.core.plan import Objective
 from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot
 from bsns.planning.likeness import FEATURES, KEYS, likeness, nearest
-from bsns.planning.problem import chain_problem
+from bsns.planning.network import chain_problem
 from bsns.planning.schema_file import from_json, to_json
 from bsns.planning.schemas import build, lookup, problem_of, score
 from bsns.planning.transfer import cast, roles_of, transferred, with_others
