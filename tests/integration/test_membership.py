@@ -22,15 +22,16 @@ from bsns.core.ids import ModelId
 from bsns.protocol.frames import MAX_BODY_BYTES, PREFIX
 from bsns.protocol.greeting import Refusal
 from bsns.protocol.inference import Ping, Pong
-from bsns.protocol.plans import Assignment, PlanRecord, SignedPlan
-from bsns.protocol.records import NodeRecord, SignedRecord
+from bsns.protocol.membership import Signed
+from bsns.protocol.plans import Assignment, PlanRecord
+from bsns.protocol.records import NodeRecord
 from bsns.swarm.dht_guard import MAX_PLANS
 from bsns.swarm.hivemind_directory import HivemindDirectory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder, invite_text, parse_invite
 from bsns.swarm.membership import Membership, admit, introduce
-from bsns.swarm.plans import MAX_PLAN_BYTES, draw, plan_statement, sign_plan
-from bsns.swarm.records import MAX_RECORD_BYTES, record_statement, sign_record
+from bsns.swarm.plans import MAX_PLAN_BYTES, PLAN, draw, sign_plan
+from bsns.swarm.records import MAX_RECORD_BYTES, RECORD, sign_record
 from bsns.transport.libp2p import Libp2pTransport
 from bsns.transport.port import Stream
 
@@ -271,9 +272,9 @@ async def test_forged_replayed_and_oversized_records_are_refused(swarm: Swarm) -
 
     # the victim's record, changed and signed by another member
     payload = msgspec.msgpack.encode(msgspec.structs.replace(record, end=1, expires_s=record.expires_s + 1))
-    signature = mallory.membership.identity.sign(record_statement(first.membership.swarm, payload))
+    signature = mallory.membership.identity.sign(RECORD.statement(first.membership.swarm, payload))
     for certificate in (mallory.membership.certificate, victim.membership.certificate):
-        forged = msgspec.msgpack.encode(SignedRecord(payload, signature, certificate))
+        forged = msgspec.msgpack.encode(Signed(payload, signature, certificate))
         assert not await store_raw(mallory, first, key, victim.transport.peer, forged, record.expires_s + 1)
     # an older record of the victim's, as it was, and dressed as a newer one
     assert not await store_raw(mallory, first, key, victim.transport.peer, signed_old, old.expires_s)
@@ -289,8 +290,8 @@ async def test_forged_replayed_and_oversized_records_are_refused(swarm: Swarm) -
     assert not await store_raw(mallory, first, key, mallory.transport.peer, b"", time.time() + 60)
     own = msgspec.structs.replace(mallory.record(), expires_s=time.time() + 1e6)
     payload = msgspec.msgpack.encode(own)
-    signature = mallory.membership.identity.sign(record_statement(first.membership.swarm, payload))
-    endless = msgspec.msgpack.encode(SignedRecord(payload, signature, mallory.membership.certificate))
+    signature = mallory.membership.identity.sign(RECORD.statement(first.membership.swarm, payload))
+    endless = msgspec.msgpack.encode(Signed(payload, signature, mallory.membership.certificate))
     assert not await store_raw(mallory, first, key, mallory.transport.peer, endless, own.expires_s)
     # the witness: what mallory may store, it can
     fair = mallory.record()
@@ -337,8 +338,8 @@ async def test_plans_lie_beside_the_records_under_their_authors_and_nobody_elses
     # another's lot; a record where plans lie; an oversized one
     stolen = plan_of(mallory, lot=plan.lot)
     payload = msgspec.msgpack.encode(stolen)
-    signature = mallory.membership.identity.sign(plan_statement(first.membership.swarm, payload))
-    forged = msgspec.msgpack.encode(SignedPlan(payload, signature, mallory.membership.certificate))
+    signature = mallory.membership.identity.sign(PLAN.statement(first.membership.swarm, payload))
+    forged = msgspec.msgpack.encode(Signed(payload, signature, mallory.membership.certificate))
     assert not await store_raw(mallory, first, key, mallory.transport.peer, forged, stolen.expires_s)
     record = mallory.record()
     signed = sign_record(record, mallory.membership)

@@ -30,3 +30,11 @@ class Certificate(msgspec.Struct, frozen=True, array_like=True):
     expires_s: float
     invite_signature: bytes
     peer_signature: bytes
+
+
+class Signed(msgspec.Struct, frozen=True, array_like=True):
+    """An encoded statement with its author's signature (by the key inside its peer id) and certificate."""
+
+    payload: bytes
+    signature: bytes
+    certificate: Certificate | None

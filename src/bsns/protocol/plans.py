@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 
 from bsns.core.ids import ModelId, PeerId
-from bsns.protocol.membership import Certificate
 
 
 class Assignment(msgspec.Struct, frozen=True, array_like=True):
@@ -39,11 +38,3 @@ class PlanRecord(msgspec.Struct, frozen=True):
     issued_s: float
     expires_s: float
     """When the lease lapses unless it is renewed."""
-
-
-class SignedPlan(msgspec.Struct, frozen=True, array_like=True):
-    """An encoded PlanRecord with its author's signature (by the key inside its peer id) and certificate."""
-
-    payload: bytes
-    signature: bytes
-    certificate: Certificate | None

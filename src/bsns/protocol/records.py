@@ -6,7 +6,6 @@ import msgspec
 
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
-from bsns.protocol.membership import Certificate
 
 
 class LinkRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -66,11 +65,3 @@ class NodeRecord(msgspec.Struct, frozen=True):
     def ranges(self) -> tuple[BlockRange, ...]:
         """Every range it serves, the one it is meant to keep first."""
         return (self.blocks, *(BlockRange(start, end) for start, end in self.others))
-
-
-class SignedRecord(msgspec.Struct, frozen=True, array_like=True):
-    """An encoded NodeRecord with its author's signature (by the key inside its peer id) and certificate."""
-
-    payload: bytes
-    signature: bytes
-    certificate: Certificate | None

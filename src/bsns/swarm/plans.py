@@ -9,11 +9,12 @@ import struct
 import msgspec
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadFrame, FrameTooLarge, NotTheOrchestrator, StalePlan
+from bsns.core.errors import BadFrame, NotTheOrchestrator, StalePlan
 from bsns.core.ids import ModelId, PeerId, SwarmId
 from bsns.core.snapshot import MAX_BLOCKS
-from bsns.protocol.plans import PlanRecord, SignedPlan
+from bsns.protocol.plans import PlanRecord
 from bsns.swarm.election import Lease
+from bsns.swarm.envelopes import Envelope
 from bsns.swarm.identity import SIGNATURE_BYTES, Identity, public_key_of, verify
 from bsns.swarm.membership import Membership
 from bsns.swarm.records import DTYPES
@@ -25,8 +26,7 @@ MAX_LEASE_S = 120.0
 MAX_SKEW_S = 60.0
 """How far ahead of our clock a plan may have been issued."""
 
-_plan_decoder = msgspec.msgpack.Decoder(PlanRecord)
-_signed_decoder = msgspec.msgpack.Decoder(SignedPlan)
+PLAN = Envelope("plan", b"bsns/plan/1", MAX_PLAN_BYTES, msgspec.msgpack.Decoder(PlanRecord), lambda plan: plan.author)
 
 
 def draw_statement(swarm: SwarmId, model: ModelId, term: int) -> bytes:
@@ -53,22 +53,10 @@ def lease_of(record: PlanRecord) -> Lease:
     return Lease(record.author, record.term, hashlib.sha256(record.lot).digest(), record.expires_s)
 
 
-def plan_statement(swarm: SwarmId, payload: bytes) -> bytes:
-    """What an orchestrator signs to vouch for its plan: good in one swarm only."""
-    return b"bsns/plan/1" + swarm.encode() + payload
-
-
 def sign_plan(record: PlanRecord, membership: Membership) -> bytes:
     """Our own plan as the bytes that travel. Raises BadFrame or FrameTooLarge for one that others would refuse."""
-    if record.author != membership.peer:
-        raise BadFrame(f"a plan of {record.author} cannot be signed by {membership.peer}")
     check_plan(record)
-    payload = msgspec.msgpack.encode(record)
-    signature = membership.identity.sign(plan_statement(membership.swarm, payload))
-    signed = msgspec.msgpack.encode(SignedPlan(payload, signature, membership.certificate))
-    if len(signed) > MAX_PLAN_BYTES:
-        raise FrameTooLarge(f"plan of {len(signed)} bytes; the limit is {MAX_PLAN_BYTES}")
-    return signed
+    return PLAN.seal(record, membership)
 
 
 def open_plan(signed: bytes, membership: Membership, now_s: float, author: PeerId | None = None) -> PlanRecord:
@@ -77,27 +65,13 @@ def open_plan(signed: bytes, membership: Membership, now_s: float, author: PeerI
     Whether its author holds the lease is for `Reign` to say. Raises FrameTooLarge, NotAMember, StalePlan once it has
     expired, NotTheOrchestrator for a lot that is not the author's for this term, BadFrame for the rest.
     """
-    if len(signed) > MAX_PLAN_BYTES:
-        raise FrameTooLarge(f"plan of {len(signed)} bytes; the limit is {MAX_PLAN_BYTES}")
-    try:
-        envelope = _signed_decoder.decode(signed)
-        record = _plan_decoder.decode(envelope.payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadFrame(f"undecodable plan: {error}") from None
-    if author is not None and record.author != author:
-        raise BadFrame(f"a plan of {record.author} was shown as that of {author}")
+    record = PLAN.open(signed, membership, now_s, author)
     check_plan(record)
     if not now_s < record.expires_s:
         raise StalePlan(f"the plan of {record.author} has expired")
     # so that whoever claims a term far ahead cannot use up the numbers: in a second there is a next one
     if record.issued_s > now_s + MAX_SKEW_S or record.term > now_s + MAX_SKEW_S:
         raise BadFrame(f"the plan of {record.author} comes from the future")
-    membership.verify(envelope.certificate, record.author, now_s)
-    if envelope.certificate is not None and record.expires_s > envelope.certificate.expires_s:
-        raise BadFrame(f"the plan of {record.author} outlives its certificate")
-    statement = plan_statement(membership.swarm, envelope.payload)
-    if not verify(public_key_of(record.author), statement, envelope.signature):
-        raise BadFrame(f"the plan of {record.author} is not signed by it")
     if lot_of(record.author, membership.swarm, record.model, record.term, record.lot) is None:
         raise NotTheOrchestrator(f"{record.author} shows a lot that it did not draw for term {record.term}")
     return record

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from bsns.core.errors import BadFrame, FrameTooLarge
-from bsns.core.ids import PeerId, SwarmId
+from bsns.core.errors import BadFrame
+from bsns.core.ids import PeerId
 from bsns.core.snapshot import LEAST_BLOCK_TIME_S, LEAST_BYTES_PER_S, MAX_BLOCKS, MAX_TIME_S
-from bsns.protocol.records import LinkRecord, NodeRecord, SignedRecord
-from bsns.swarm.identity import SIGNATURE_BYTES, public_key_of, verify
+from bsns.protocol.membership import Signed
+from bsns.protocol.records import LinkRecord, NodeRecord
+from bsns.swarm.envelopes import Envelope
+from bsns.swarm.identity import SIGNATURE_BYTES, public_key_of
 from bsns.swarm.membership import Membership
 
 MAX_RECORD_BYTES = 4096
@@ -27,32 +29,21 @@ MAX_BYTES = 2**50
 STATES = ("joining", "serving", "leaving")
 DTYPES = ("float32", "bfloat16", "float16")
 
-_record_decoder = msgspec.msgpack.Decoder(NodeRecord)
-_signed_decoder = msgspec.msgpack.Decoder(SignedRecord)
-
-
-def record_statement(swarm: SwarmId, payload: bytes) -> bytes:
-    """What a node signs to vouch for its record: good in one swarm only."""
-    return b"bsns/record/1" + swarm.encode() + payload
+RECORD = Envelope(
+    "record", b"bsns/record/1", MAX_RECORD_BYTES, msgspec.msgpack.Decoder(NodeRecord), lambda record: record.peer
+)
 
 
 def sign_record(record: NodeRecord, membership: Membership) -> bytes:
     """Our own record as the bytes that travel. Raises BadFrame or FrameTooLarge for one that others would refuse."""
-    if record.peer != membership.peer:
-        raise BadFrame(f"a record of {record.peer} cannot be signed by {membership.peer}")
     check_record(record)
-    payload = msgspec.msgpack.encode(record)
-    signature = membership.identity.sign(record_statement(membership.swarm, payload))
-    signed = msgspec.msgpack.encode(SignedRecord(payload, signature, membership.certificate))
-    if len(signed) > MAX_RECORD_BYTES:
-        raise FrameTooLarge(f"record of {len(signed)} bytes; the limit is {MAX_RECORD_BYTES}")
-    return signed
+    return RECORD.seal(record, membership)
 
 
 def with_links(record: NodeRecord, links: Sequence[LinkRecord], membership: Membership) -> NodeRecord:
     """The record with as many of `links`, the most useful of which come first, as it has room for beside the rest."""
     bare = msgspec.structs.replace(record, links=())
-    unsigned = SignedRecord(msgspec.msgpack.encode(bare), bytes(SIGNATURE_BYTES), membership.certificate)
+    unsigned = Signed(msgspec.msgpack.encode(bare), bytes(SIGNATURE_BYTES), membership.certificate)
     room = MAX_RECORD_BYTES - len(msgspec.msgpack.encode(unsigned)) - 16  # lengths take more bytes as they grow
     kept = 0
     for link in links[:MAX_LINKS]:
@@ -68,29 +59,12 @@ def open_record(signed: bytes, membership: Membership, now_s: float, author: Pee
 
     Raises FrameTooLarge, NotAMember, or BadFrame with the reason: forged, expired, outliving its certificate, insane.
     """
-    if len(signed) > MAX_RECORD_BYTES:
-        raise FrameTooLarge(f"record of {len(signed)} bytes; the limit is {MAX_RECORD_BYTES}")
-    try:
-        envelope = _signed_decoder.decode(signed)
-        record = _record_decoder.decode(envelope.payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadFrame(f"undecodable record: {error}") from None
-    if author is not None and record.peer != author:
-        raise BadFrame(f"a record of {record.peer} was shown as that of {author}")
+    record = RECORD.open(signed, membership, now_s, author)
     check_record(record)
     if not now_s < record.expires_s:
         raise BadFrame(f"the record of {record.peer} has expired")
     if record.expires_s > now_s + MAX_LIFETIME_S:
         raise BadFrame(f"the record of {record.peer} claims more than {MAX_LIFETIME_S:g} s of life")
-    membership.verify(envelope.certificate, record.peer, now_s)
-    # so that a record, once valid, stays valid until its own end: others may hold it meanwhile
-    if envelope.certificate is not None and record.expires_s > envelope.certificate.expires_s:
-        raise BadFrame(f"the record of {record.peer} outlives its certificate")
-    statement = record_statement(membership.swarm, envelope.payload)
-    if len(envelope.signature) != SIGNATURE_BYTES or not verify(
-        public_key_of(record.peer), statement, envelope.signature
-    ):
-        raise BadFrame(f"the record of {record.peer} is not signed by it")
     return record
 
 

@@ -10,7 +10,8 @@ import pytest
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BsnsError, FrameTooLarge, NotAMember, NotTheOrchestrator, StalePlan
 from bsns.core.ids import ModelId, PeerId
-from bsns.protocol.plans import Assignment, PlanRecord, SignedPlan
+from bsns.protocol.membership import Signed
+from bsns.protocol.plans import Assignment, PlanRecord
 from bsns.swarm.directory import MemoryDirectory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder
@@ -19,12 +20,12 @@ from bsns.swarm.plans import (
     MAX_ASSIGNMENTS,
     MAX_LEASE_S,
     MAX_PLAN_BYTES,
+    PLAN,
     Reign,
     draw,
     lease_of,
     lot_of,
     open_plan,
-    plan_statement,
     ranges_of,
     sign_plan,
 )
@@ -60,8 +61,8 @@ def plan_of(author: Membership, *, term: int = 3, **changes: object) -> PlanReco
 def signed_raw(plan: PlanRecord, member: Membership) -> bytes:
     """A signed plan as a hostile member makes it: signed in order, never checked."""
     payload = msgspec.msgpack.encode(plan)
-    signature = member.identity.sign(plan_statement(member.swarm, payload))
-    return msgspec.msgpack.encode(SignedPlan(payload, signature, member.certificate))
+    signature = member.identity.sign(PLAN.statement(member.swarm, payload))
+    return msgspec.msgpack.encode(Signed(payload, signature, member.certificate))
 
 
 def test_a_plan_opens_as_signed_and_says_who_holds_what() -> None:
@@ -155,7 +156,7 @@ def test_forged_plans_are_refused() -> None:
     author, other, reader = member_of(founder), member_of(founder), member_of(founder)
     plan = plan_of(author)
     signed = sign_plan(plan, author)
-    envelope = msgspec.msgpack.decode(signed, type=SignedPlan)
+    envelope = msgspec.msgpack.decode(signed, type=Signed)
 
     def refused(attempt: bytes, kind: type[BsnsError], who: Membership = reader, now_s: float = NOW_S) -> None:
         with pytest.raises(kind):
@@ -168,7 +169,7 @@ def test_forged_plans_are_refused() -> None:
     refused(forged(signature=bytes(64)), BadFrame)
     refused(forged(signature=b""), BadFrame)
     refused(signed_raw(plan, other), NotAMember)  # shown with another's certificate
-    refused(forged(signature=msgspec.msgpack.decode(signed_raw(plan, other), type=SignedPlan).signature), BadFrame)
+    refused(forged(signature=msgspec.msgpack.decode(signed_raw(plan, other), type=Signed).signature), BadFrame)
     refused(sign_plan(plan_of(other), other), BadFrame)  # under another's name in the directory
     refused(b"", BadFrame)
     refused(b"\xc1" * 100, BadFrame)
@@ -187,6 +188,18 @@ def test_forged_plans_are_refused() -> None:
     assert open_plan(signed, reader, NOW_S, author.peer) == plan
 
 
+def test_nothing_in_a_plan_is_looked_at_before_its_signature() -> None:
+    """Its thousands of ids take time to check, which nobody outside the swarm may have."""
+    founder = Founder.found()
+    author, reader = member_of(founder), member_of(founder)
+    absurd = plan_of(author, assignments=(Assignment(PeerId("nobody"), 9, 3),))
+    with pytest.raises(BadFrame, match=r"not sane|peer id"):
+        open_plan(signed_raw(absurd, author), reader, NOW_S)
+    forged = msgspec.msgpack.encode(Signed(msgspec.msgpack.encode(absurd), bytes(64), author.certificate))
+    with pytest.raises(BadFrame, match="not signed"):
+        open_plan(forged, reader, NOW_S)
+
+
 def test_a_plan_is_good_in_its_own_swarm_only() -> None:
     """The same identity, a member of two swarms, cannot be made to govern the other."""
     one, other = Founder.found(), Founder.found()
@@ -194,7 +207,7 @@ def test_a_plan_is_good_in_its_own_swarm_only() -> None:
     here = Membership.from_invite(identity, one.make_invite((), 3600, now_s=NOW_S))
     there = Membership.from_invite(identity, other.make_invite((), 3600, now_s=NOW_S))
     plan = plan_of(here)
-    envelope = msgspec.msgpack.decode(sign_plan(plan, here), type=SignedPlan)
+    envelope = msgspec.msgpack.decode(sign_plan(plan, here), type=Signed)
     carried = msgspec.msgpack.encode(msgspec.structs.replace(envelope, certificate=there.certificate))
     with pytest.raises(BadFrame, match="not signed"):
         open_plan(carried, there, NOW_S)

@@ -7,7 +7,8 @@ import pytest
 
 from bsns.core.errors import BadFrame, BsnsError, FrameTooLarge, NotAMember
 from bsns.core.ids import ModelId, PeerId
-from bsns.protocol.records import LinkRecord, NodeRecord, SignedRecord
+from bsns.protocol.membership import Signed
+from bsns.protocol.records import LinkRecord, NodeRecord
 from bsns.swarm.directory import MemoryDirectory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder
@@ -16,9 +17,9 @@ from bsns.swarm.records import (
     MAX_LIFETIME_S,
     MAX_LINKS,
     MAX_RECORD_BYTES,
+    RECORD,
     check_record,
     open_record,
-    record_statement,
     sign_record,
     with_links,
 )
@@ -58,8 +59,8 @@ def record_of(peer: PeerId, **changes: object) -> NodeRecord:
 def signed_raw(record: NodeRecord, member: Membership) -> bytes:
     """A signed record as a hostile member makes it: signed in order, never checked."""
     payload = msgspec.msgpack.encode(record)
-    signature = member.identity.sign(record_statement(member.swarm, payload))
-    return msgspec.msgpack.encode(SignedRecord(payload, signature, member.certificate))
+    signature = member.identity.sign(RECORD.statement(member.swarm, payload))
+    return msgspec.msgpack.encode(Signed(payload, signature, member.certificate))
 
 
 def test_a_record_opens_as_signed() -> None:
@@ -109,7 +110,7 @@ def test_forged_records_are_refused() -> None:
     author, other, reader = member_of(founder), member_of(founder), member_of(founder)
     record = record_of(author.peer)
     signed = sign_record(record, author)
-    envelope = msgspec.msgpack.decode(signed, type=SignedRecord)
+    envelope = msgspec.msgpack.decode(signed, type=Signed)
 
     def forged(**changes: object) -> bytes:
         return msgspec.msgpack.encode(msgspec.structs.replace(envelope, **changes))
@@ -147,7 +148,7 @@ def test_a_record_of_another_swarm_is_refused() -> None:
     one, other = Founder.found(), Founder.found()
     here = Membership.from_invite(identity, one.make_invite((), 3600, now_s=NOW_S))
     there = Membership.from_invite(identity, other.make_invite((), 3600, now_s=NOW_S))
-    envelope = msgspec.msgpack.decode(sign_record(record_of(identity.peer), there), type=SignedRecord)
+    envelope = msgspec.msgpack.decode(sign_record(record_of(identity.peer), there), type=Signed)
     mixed = msgspec.structs.replace(envelope, certificate=here.certificate)
     with pytest.raises(BadFrame, match="not signed"):
         open_record(msgspec.msgpack.encode(mixed), here, NOW_S)
