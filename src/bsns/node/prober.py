@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 
 from bsns.client.links import Link, Links
-from bsns.core.errors import BsnsError, PeerFailed
+from bsns.core.errors import BsnsError, PeerFailed, PeerTimedOut
 from bsns.core.ids import PeerId
 from bsns.protocol.probing import MAX_PROBE_BYTES
 from bsns.protocol.records import LinkRecord, NodeRecord
@@ -40,6 +40,8 @@ PUBLISH_S = 4.0
 """How far apart records are at least that are published because links have changed."""
 ANSWER_S = 2.0
 PROBE_ANSWER_S = 5.0
+ROUND_S = 8.0
+"""One node may hold up the round, and with it all others, for no longer than this twice."""
 
 _NOISE = os.urandom(MAX_PROBE_BYTES)
 """What probes carry: nothing on the way can make less of it."""
@@ -54,19 +56,27 @@ class Measurement:
     busy_s: float
 
 
-async def measure(link: Link, *, bandwidth: bool, pings: int = PINGS) -> Measurement:
-    """Measure one way once. Raises PeerTimedOut or PeerLost if the node does not answer."""
-    await link.ping(ANSWER_S)  # wakes whatever sleeps on the way
-    round_trips_s = [await link.ping(ANSWER_S) for _ in range(pings)]
+async def measure(link: Link, *, bandwidth: bool, pings: int = PINGS, within_s: float = ROUND_S) -> Measurement:
+    """Measure one way once; pings, and then probes, may take `within_s` each, however the node drags them out.
+
+    Raises PeerTimedOut or PeerLost if it does not answer.
+    """
+    try:
+        async with asyncio.timeout(within_s):
+            await link.ping(ANSWER_S)  # wakes whatever sleeps on the way
+            round_trips_s = tuple([await link.ping(ANSWER_S) for _ in range(pings)])
+    except TimeoutError:
+        raise PeerTimedOut(f"node {link.peer} took longer than {within_s:g} s over {pings + 1} pings") from None
     if not bandwidth:
-        return Measurement(tuple(round_trips_s), None, 0.0)
+        return Measurement(round_trips_s, None, 0.0)
     growth = Growth(min(round_trips_s))
     try:
-        while growth.size is not None:
-            growth.took(await link.probe(memoryview(_NOISE)[: growth.size], PROBE_ANSWER_S))
-    except PeerFailed:  # it takes no more probes for now
-        return Measurement(tuple(round_trips_s), None, growth.busy_s)
-    return Measurement(tuple(round_trips_s), growth.bytes_per_s, growth.busy_s)
+        async with asyncio.timeout(within_s):
+            while growth.size is not None:
+                growth.took(await link.probe(memoryview(_NOISE)[: growth.size], PROBE_ANSWER_S))
+    except (PeerFailed, TimeoutError):  # it takes no more probes for now
+        return Measurement(round_trips_s, None, growth.busy_s)
+    return Measurement(round_trips_s, growth.bytes_per_s, growth.busy_s)
 
 
 class Prober:

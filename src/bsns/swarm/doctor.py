@@ -101,7 +101,8 @@ def _missing(records: Sequence[NodeRecord], silent: Mapping[PeerId, str]) -> Ite
         held = [
             r for member in members if member.state == "serving" and member.peer not in silent for r in member.ranges
         ]
-        gaps = missing_blocks(held, members[0].block_count)
+        # one node that has the number wrong, or lies, does not tell the others what is missing
+        gaps = missing_blocks(held, statistics.mode(member.block_count for member in members))
         if gaps:
             text = (
                 f"nobody serves blocks {', '.join(map(str, gaps))} of {members[0].model_name}; start a node with: "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
 from memory_swarm import MemorySwarm
 
 from bsns.core.blocks import BlockRange
+from bsns.core.errors import PeerTimedOut
 from bsns.core.ids import PeerId, SessionId
 from bsns.node import prober as module
 from bsns.node.prober import Prober, neighbours_of
@@ -157,6 +161,32 @@ async def test_links_are_kept_busy_for_no_more_than_their_share(scene: Scene, mo
     assert sum(measured) * 0.6 <= module.BUSY_BURST_S + 600 * module.BUSY_SHARE + 2 * 0.6
     assert sum(measured) >= 6
     assert len(measured) > 150
+
+
+class Dripping:
+    """A link whose node lets every answer wait as long as it may."""
+
+    peer = PeerId("slow")
+
+    def __init__(self, pings_s: float) -> None:
+        self._pings_s = pings_s
+
+    async def ping(self, deadline_s: float) -> float:
+        await asyncio.sleep(self._pings_s)
+        return 0.01
+
+    async def probe(self, body: memoryview, deadline_s: float) -> float:
+        await asyncio.sleep(deadline_s)
+        return deadline_s
+
+
+async def test_who_drags_answers_out_holds_up_a_round_for_its_time_at_most() -> None:
+    dragging: Any = Dripping(0.05)
+    with pytest.raises(PeerTimedOut):
+        await asyncio.wait_for(module.measure(dragging, bandwidth=True, within_s=0.1), 5)
+    dragging = Dripping(0.0)
+    found = await asyncio.wait_for(module.measure(dragging, bandwidth=True, within_s=0.1), 4)
+    assert (found.round_trips_s, found.bytes_per_s) == ((0.01,) * module.PINGS, None)
 
 
 def test_neighbours_hold_the_blocks_before_or_after() -> None:

@@ -107,6 +107,7 @@ def test_an_empty_swarm() -> None:
         (swarm(a=link(node("a"), "b", spread_s=0.006)), ["unsteady link: a b"]),
         (swarm(a=link(node("a"), "b", measured_s=NOW_S - 600)), ["stale: a b"]),
         (swarm(a=node("a", state="joining", started_s=NOW_S - 5)), ["missing blocks: "]),
+        (swarm(a=node("a", block_count=60)), []),
         (swarm(a=node("a", model=ModelId("n"), model_name="another", start=0, end=6)), ["missing blocks: "]),
     ],
 )
