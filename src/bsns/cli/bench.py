@@ -14,7 +14,7 @@ from bsns.core.errors import BadOption
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine. Every verb takes --json and --quick.")
 
-QuickFlag = Annotated[bool, typer.Option("--quick", help="The same figures, less exact, within a minute.")]
+QuickFlag = Annotated[bool, typer.Option("--quick", help="The same figures, less exact, in a fraction of the time.")]
 
 
 @app.callback()
@@ -89,7 +89,7 @@ def swarm(
 ) -> None:
     """Planned layouts against an equal split, predicted and measured: unequal nodes in an emulated network.
 
-    Needs root, for network namespaces. The full form takes some 10 minutes.
+    Needs root, for network namespaces. The full form takes some 16 minutes.
 
     Example: sudo bsns bench swarm --quick
     """

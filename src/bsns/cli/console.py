@@ -250,6 +250,12 @@ def parse_size(text: str | None) -> int | None:
     return size
 
 
+def chosen_invite(context: typer.Context, join: str | None, *, instead: bool) -> str | None:
+    """The invite of --join; one that only the environment holds gives way where something else was named `instead`."""
+    source = context.get_parameter_source("join")
+    return None if instead and source is not None and source.name == "ENVIRONMENT" else join
+
+
 def parse_seconds(text: str) -> float:
     """`2s`, `500ms`, `1.5` or `1m` in seconds. Raises BadOption."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ms|s|m|)", text.strip(), re.IGNORECASE)

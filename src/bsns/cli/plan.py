@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bsns.cli.console import Dtype, JsonFlag, Say, doing, emit, err, parse_seconds, run
-from bsns.cli.files import read_file, read_shape, write_file
+from bsns.cli.console import Dtype, JsonFlag, Say, chosen_invite, doing, emit, err, parse_seconds, run
+from bsns.cli.files import is_shape_file, read_file, read_shape, write_file
 from bsns.cli.plan_table import as_dict, show
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.plan import LEAST_CACHE_TOKENS, Objective, Plan
@@ -39,6 +39,7 @@ class Present:
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="As for the other verbs, or a .json file with the shape of a model."),
@@ -71,7 +72,7 @@ def plan(
     ] = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of the search; the same gives the same plan.")] = 0,
     trial: Annotated[
-        bool, typer.Option("--trial/--no-trial", help="With --join: generate a few tokens, to compare.")
+        bool, typer.Option("--trial/--no-trial", help="With --join: generate a few tokens, to compare (not a shape).")
     ] = True,
     save_snapshot: Annotated[
         Path | None, typer.Option("--save-snapshot", metavar="FILE", help="Keep the snapshot that was planned for.")
@@ -89,13 +90,14 @@ def plan(
     """
 
     async def verb() -> None:
-        if (join is None) == (snapshot is None):
+        invite = chosen_invite(context, join, instead=snapshot is not None)
+        if (invite is None) == (snapshot is None):
             raise BadOption("give either --join INVITE for a running swarm or --snapshot FILE")
         wanted, deadline_s = Objective.named(objective), parse_seconds(deadline)
         with doing("loading libraries", quiet=as_json) as say:
             present: Present | None = None
-            if join is not None:
-                seen, shape, present = await _ask_swarm(model, join, dtype, say, trial=trial)
+            if invite is not None:
+                seen, shape, present = await _ask_swarm(model, invite, dtype, say, trial=trial)
             else:
                 assert snapshot is not None
                 seen, shape = Snapshot.from_json(read_file(snapshot)), await asyncio.to_thread(read_shape, model, dtype)
@@ -126,7 +128,7 @@ async def _ask_swarm(
     say("asking the swarm")
     seen = await observe_snapshot(invite)
     shape = await asyncio.to_thread(read_shape, model, dtype, [node.dtype for node in seen.nodes])
-    if not trial:
+    if not trial or is_shape_file(model):
         return seen, shape, None
     from bsns.node.client import Client
     from bsns.node.trial import predicted_tokens_per_s, try_out

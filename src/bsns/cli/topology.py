@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bsns.cli.console import JsonFlag, doing, emit, out, run, tell
+from bsns.cli.console import JsonFlag, chosen_invite, doing, emit, out, run, tell
 from bsns.cli.files import read_file, write_file
 from bsns.core.errors import BadOption
 from bsns.core.snapshot import Snapshot
@@ -26,6 +26,7 @@ MOST_NODES = 10_000
 
 
 def topology(
+    context: typer.Context,
     join: Annotated[
         str | None, typer.Option("--join", envvar="BSNS_INVITE", metavar="INVITE", help="Look at this swarm.")
     ] = None,
@@ -51,14 +52,16 @@ def topology(
     """
 
     async def verb() -> None:
-        if sum(given is not None for given in (join, snapshot, synthetic)) != 1:
+        instead = snapshot is not None or synthetic is not None
+        invite = chosen_invite(context, join, instead=instead)
+        if sum(given is not None for given in (invite, snapshot, synthetic)) != 1:
             raise BadOption("give one of --join INVITE, --snapshot FILE, and --synthetic KIND:NODES:SEED")
         with doing("loading libraries", quiet=as_json) as say:
-            if join is not None:
+            if invite is not None:
                 from bsns.node.snapshots import observe_snapshot
 
                 say("asking the swarm")
-                seen = await observe_snapshot(join)
+                seen = await observe_snapshot(invite)
             elif synthetic is not None:
                 seen = await asyncio.to_thread(drawn, synthetic)
             else:

@@ -84,6 +84,15 @@ def test_one_node_alone_is_said_to_be_faster_where_it_is(desk: Desk) -> None:
     assert [stage["node"] for stage in json.loads(out)["stages"]] in (["a"], ["b"])
 
 
+def test_a_file_that_was_named_counts_for_more_than_an_invite_in_the_environment(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.snapshot([node("a"), node("b")], [link("a", "b")])
+    monkeypatch.setenv("BSNS_INVITE", "bsns1-of-another-swarm")
+    assert desk.plan()[0] == 0
+    assert "either --join" in desk.plan("--join", "bsns1-x")[2]
+
+
 def test_a_picture_and_the_snapshot_can_be_kept(desk: Desk) -> None:
     desk.snapshot([node("a"), node("b")], [link("a", "b")])
     picture, kept = desk.folder / "plan.svg", desk.folder / "kept.json"

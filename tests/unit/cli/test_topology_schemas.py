@@ -40,6 +40,11 @@ def test_a_snapshot_file_as_json(tmp_path):
     assert [point[1] for point in told["diagrams_ms"]["plain"]["h0"]].count(None) == 1
 
 
+def test_what_was_named_counts_for_more_than_an_invite_in_the_environment(monkeypatch):
+    monkeypatch.setenv("BSNS_INVITE", "bsns1-of-another-swarm")
+    assert run(app, "--synthetic", "uniform:3").exit_code == 0
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_the_smallest_swarms(nodes):
     assert run(app, "--synthetic", f"uniform:{nodes}").exit_code == 0
