@@ -1,10 +1,16 @@
 """One running peer: the only place where concrete classes are chosen and wired.
 
-peer       transport, membership and directory of one process
-server     a node that serves a range of blocks
-prober     measures a node's ways to the others
-snapshots  the swarm as one frozen view, with the ways of whoever looks
-view       who is here now, and how far away
-client     the public face for those who use a swarm
-local      a whole swarm of processes on this machine
+peer          transport, membership and directory of one process
+server        a node that serves a range of blocks
+capacity      what its machine has room for: device, dtype, range and cache
+prober        measures a node's ways to the others
+orchestrator  stands for the office, plans while it holds it, says which plan is in force
+moving        brings what a node holds to what the plan in force says
+observe       looks at a swarm without using it
+snapshots     the swarm as one frozen view, with the ways of whoever looks
+view          who is here now, and how far away
+client        the public face for those who use a swarm
+trial         a short answer over the swarm as it is, beside what planning predicts
+local         a whole swarm of processes on this machine
+leash         a process that must not outlive the one that started it
 """

@@ -16,14 +16,16 @@ replicas      several nodes for one range
 sharing       the local search of replicas
 reasons       why a node was left out, and what memory is missing
 brkga         the genetic engine
+weight_decoder  its plans whose keys are the weights of selection
 schemas       plans made beforehand, looked up by likeness
 schema_file   the file that holds them
 likeness      by what one tells how alike two swarms are
 transfer      a chain as roles, cast with the nodes of another swarm
-joining  what a node takes that joins a swarm without an orchestrator
-memory   how many blocks fit a node
-walks    the cheapest way over blocks and nodes, and chains that use each node once
-selection  nodes picked by a user's own weights, with a look ahead
+layouts       what ranges held now are worth, and whether a plan is worth moving for
+selection     nodes picked by a user's own weights, with a look ahead
+joining       what a node takes that joins a swarm without an orchestrator
+memory        how many blocks fit a node
+walks         the cheapest way over blocks and nodes, and chains that use each node once
 
 For models of any shape:
 graph            operators, tensors between them, what parts cost, topological orders

@@ -5,6 +5,7 @@ greeting    who may talk: Hello and Welcome
 inference   a session's life on a stage: Open, Step, Result, Close
 probing     how long so many bytes take from one member to another
 records     what a node announces about itself
+plans       the orchestrator's lease, and the plan in force under it
 tensors     how a message describes the tensors in its frame
 membership  invites and the certificates made from them
 
