@@ -140,8 +140,10 @@ class MemorySwarm:
 
         self.views.append(view)
 
-        async def find_route(needed_tokens: int, avoid: Collection[PeerId]) -> Route:
-            return route or await view.route(generator.links, needed_tokens, avoid)
+        async def find_route(needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None) -> Route:
+            if route is not None and blocks is None:
+                return route
+            return await view.route(generator.links, needed_tokens, avoid, blocks)
 
         find: FindRoute = find_route
         generator = Generator(
@@ -154,6 +156,7 @@ class MemorySwarm:
             context_tokens=context_tokens,
             deadline_s=deadline_s,
             release=view.release if route is None else lambda route: None,
+            blame=view.blame,
         )
         self.clients.append((generator, transport))
         return generator

@@ -13,7 +13,7 @@ import pytest
 from processes import CONTEXT, Running, running, swarm, tiny
 
 import bsns
-from bsns.core.errors import BadOption, InviteInvalid, ModelNotFound, PeerError, PromptTooLong
+from bsns.core.errors import BadOption, InviteInvalid, MissingBlocks, ModelNotFound, PromptTooLong
 
 __all__ = ["swarm", "tiny"]
 
@@ -150,7 +150,7 @@ async def test_a_node_lost_in_the_middle_of_an_answer(tiny: str, signum: signal.
             await anext(texts)
             started_s = time.monotonic()
             command.family.look().named("2:4")[0].send_signal(signum)
-            with pytest.raises(PeerError):
+            with pytest.raises(MissingBlocks, match="it is needed because"):
                 async for _ in texts:
                     pass
             assert time.monotonic() - started_s < 6

@@ -14,7 +14,7 @@ from bsns.core.errors import BadFrame, PeerLost, ProtocolError
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.frames import PREFIX, Message, decode_header, encode, split_body
 from bsns.protocol.greeting import Hello
-from bsns.protocol.inference import Failure, Open, Part, Ping, Step
+from bsns.protocol.inference import Failure, Open, Part, Ping, Reroute, Rerouted, Step, There, Where
 from bsns.protocol.membership import Certificate
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
@@ -23,6 +23,10 @@ from bsns.transport.framing import FrameReader
 VALID: list[tuple[Message, list[bytes]]] = [
     (Ping(7), []),
     (Failure(SessionId(1), "CacheFull", "no room"), []),
+    (Reroute(SessionId(1), PeerId("a"), PeerId("c"), ("/ip4/1.2.3.4/tcp/1",)), []),
+    (Rerouted(SessionId(1)), []),
+    (Where(SessionId(1)), []),
+    (There(SessionId(1), 7, 6), []),
     (Hello(1, "ab" * 16, Certificate(b"k" * 32, 1e9, b"s" * 64, b"p" * 64)), []),
     (Open(SessionId(1), ModelId("model"), 0, 4, "float32", 128, 2, None), []),
     (Probe(3, (TensorSpec.raw("probe", "int64", (2,)),)), [bytes(16)]),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from bsns.client.decoder import Answer, Arrived, Decoder, Turned
 from bsns.client.detokenize import Detokenizer, StopMatcher
 from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
+from bsns.client.reader import Reader
+from bsns.client.repair import Blame, FindRoute, Release, Repairs
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
 from bsns.core.errors import (
@@ -30,7 +33,7 @@ from bsns.core.errors import (
 )
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.model.ends import Ends
-from bsns.protocol.inference import Part, Step
+from bsns.protocol.inference import Part, Step, There
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
 from bsns.transport.port import Dial
@@ -40,10 +43,11 @@ CHUNK_ROWS = 128
 
 T = TypeVar("T")
 
-FindRoute = Callable[[int, Collection[PeerId]], Awaitable[Route]]
-"""Chooses a route with room for so many tokens, avoiding these peers. Raises MissingBlocks, CacheFull."""
-Release = Callable[[Route], None]
-"""Told of a chosen route when its session has ended, or could not be opened."""
+PATIENCE_S = 0.5
+"""A step that takes longer than this, and than usual, makes the client ask its stages whether they are there."""
+USUAL_FACTOR = 4
+PING_S = 0.75
+"""Who does not answer such a question in this time is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +83,6 @@ class Stats:
         ]
 
 
-class _Reader:
-    """Whoever waits for what a session brings: an answer's turns, or, without an answer, a step's rows themselves."""
-
-    def __init__(self, session: Session, answer: Answer | None = None) -> None:
-        self.session = session
-        self.answer = answer
-        self.heard: asyncio.Queue[Turned | memoryview | Exception | None] = asyncio.Queue()
-        self.wanted = 1
-        """How many rows the step on its way asked for."""
-        self.coming = 0
-        """How many of the prompt's chunks are on their way that bring nothing back but that they came through."""
-
-
 class Generator:
     """Answers prompts over a swarm: many at once, each on its own session."""
 
@@ -108,6 +99,7 @@ class Generator:
         threads: int = 1,
         deadline_s: float = 20.0,
         release: Release = lambda route: None,
+        blame: Blame = lambda peer, error: None,
     ) -> None:
         self.prompts = prompts
         self.context_tokens = context_tokens
@@ -117,12 +109,14 @@ class Generator:
         self._row_bytes = ends.hidden_size * DTYPE_BYTES[dtype]
         self._find_route = find_route
         self._release = release
+        self._blame = blame
         self._deadline_s = deadline_s
         self._links = Links(dial, self._on_results, self._on_failure, self._on_lost)
         self._decoder = Decoder(
             ends, dtype=dtype, threads=threads, on_turned=self._on_turned, on_failed=self._on_decoder_failed
         )
-        self._readers: dict[SessionId, _Reader] = {}
+        self._repairs = Repairs(find_route, release, blame, self._feed)
+        self._readers: dict[SessionId, Reader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -150,10 +144,10 @@ class Generator:
         session = await self._open(len(tokens) + max_tokens)
         answer = Answer(session.id, options, self.prompts.end_tokens, list(tokens), len(tokens), max_tokens)
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
-        reader = self._readers[session.id] = _Reader(session, answer)
+        reader = self._readers[session.id] = Reader(session, answer.tokens, answer)
         try:
             answer.sent_s = time.perf_counter()
-            await self._prefill(session, tokens)
+            await self._feed(reader)
             detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
             while True:
                 turned = await self._hear(reader, Turned)
@@ -174,9 +168,8 @@ class Generator:
                     return
                 yield Piece(text, turned.token)
         finally:
-            del self._readers[session.id]
-            self._release(session.route)
-            self._spawn(session.close())
+            stats.route = session.route
+            await self._end(reader)
 
     async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
         """Logits (rows, vocabulary) for every position of a text, chunk by chunk. Raises as `stream` does."""
@@ -185,23 +178,20 @@ class Generator:
         if len(tokens) > self.context_tokens:
             raise PromptTooLong(f"{len(tokens)} tokens do not fit the model's context of {self.context_tokens}")
         session = await self._open(len(tokens))
-        reader = self._readers[session.id] = _Reader(session)
+        reader = self._readers[session.id] = Reader(session, tokens)
         try:
             for start in range(0, len(tokens), CHUNK_ROWS):
-                chunk = tokens[start : start + CHUNK_ROWS]
-                reader.wanted = len(chunk)
-                hidden = await self._decoder.embed(chunk, start)
-                await self._send(session, (session.id, start, len(chunk), len(chunk), hidden))
-                yield await self._decoder.logits(await self._hear(reader, memoryview), len(chunk))
+                reader.limit = min(start + CHUNK_ROWS, len(tokens))
+                reader.wanted = rows = reader.goal - start
+                await self._feed(reader)
+                yield await self._decoder.logits(await self._hear(reader, memoryview), rows)
         finally:
-            del self._readers[session.id]
-            self._release(session.route)
-            self._spawn(session.close())
+            await self._end(reader)
 
     async def close(self) -> None:
         """Close every link, which frees every session on every stage; answers under way end with PeerLost."""
-        for session in list(self._readers):
-            self._on_failure(session, PeerLost("the client was closed"))
+        for reader in self._readers.values():
+            reader.heard.put_nowait(PeerLost("the client was closed"))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._links.close()
         await self._decoder.close()
@@ -212,7 +202,7 @@ class Generator:
         refusal: BsnsError | None = None
         while True:
             try:
-                route = await self._find_route(max_tokens, avoid)
+                route = await self._find_route(max_tokens, avoid, None)
             except (SwarmError, PeerError) as error:
                 raise refusal or error from None  # the refusal says more than that nobody is left
             session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
@@ -221,6 +211,8 @@ class Generator:
             except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
                 self._release(route)
                 tries, refusal = tries - 1, error
+                if error.peer is not None:
+                    self._blame(error.peer, error)
                 blamed = {error.peer} if error.peer is not None else {hop.peer for hop in route}
                 if tries == 0 or blamed <= avoid:
                     raise
@@ -231,36 +223,84 @@ class Generator:
             else:
                 return session
 
-    async def _prefill(self, session: Session, tokens: Sequence[int]) -> None:
-        """Send a prompt in chunks without waiting between them, so that the stages work on different chunks at once."""
-        for start in range(0, len(tokens), CHUNK_ROWS):
-            chunk = tokens[start : start + CHUNK_ROWS]
-            wanted = 1 if start + len(chunk) == len(tokens) else 0
-            hidden = await self._decoder.embed(chunk, start)
-            self._readers[session.id].coming += not wanted
-            await self._send(session, (session.id, start, len(chunk), wanted, hidden))
+    async def _end(self, reader: Reader) -> None:
+        """Forget a session, and free it everywhere."""
+        del self._readers[reader.session.id]
+        if reader.mending is not None:
+            reader.mending.cancel()
+            await asyncio.gather(reader.mending, return_exceptions=True)
+        self._release(reader.session.route)
+        self._spawn(reader.session.close())
 
-    async def _send(self, session: Session, step: tuple[SessionId, int, int, int, memoryview]) -> None:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                await session.first.send(*self._step([step]))
-        except TimeoutError:
-            raise PeerTimedOut(f"node {session.first.peer} took nothing for {self._deadline_s:g} s") from None
+    async def _feed(self, reader: Reader, *, again: bool = False) -> None:
+        """Send a reader's tokens as far as they may be, in chunks, without waiting for what they bring: so the stages
+        work on different chunks at once. `again`: from the first on, to a new first stage."""
+        async with reader.feeding:
+            if again:
+                reader.sent = 0
+            while (start := reader.sent) < (goal := reader.goal):
+                end = min(start + CHUNK_ROWS, goal)
+                hidden = await self._decoder.embed(reader.tokens[start:end], start)
+                link = reader.session.first
+                reader.sent = end
+                try:
+                    async with asyncio.timeout(self._deadline_s):
+                        wanted = reader.wanted if end == goal else 0
+                        await link.send(*self._step([(reader.session.id, start, end - start, wanted, hidden)]))
+                except TimeoutError:
+                    late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
+                    self._repairs.lose(reader, link.peer, late)
+                    return
+                except BsnsError as error:
+                    self._repairs.lose(reader, link.peer, error)
+                    return
 
-    async def _hear(self, reader: _Reader, kind: type[T]) -> T:
-        item: Turned | memoryview | Exception | None = None
-        try:
-            while item is None:  # a prompt's chunks that have come through: it goes on, however long it is
-                async with asyncio.timeout(self._deadline_s):
+    async def _hear(self, reader: Reader, kind: type[T]) -> T:
+        """What the session brings next. While it is late, its stages are asked whether they are there."""
+        item: Turned | memoryview | BsnsError | None = None
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._deadline_s
+        while item is None:
+            try:
+                async with asyncio.timeout(min(_patience_s(reader), give_up_s - loop.time())):
                     item = await reader.heard.get()
-        except TimeoutError:
-            peers = ", ".join(hop.peer for hop in reader.session.route)
-            raise PeerTimedOut(f"no token came back within {self._deadline_s:g} s over {peers}") from None
+                    give_up_s = loop.time() + self._deadline_s  # part of a prompt came through: it goes on
+            except TimeoutError:
+                if loop.time() < give_up_s:
+                    await self._find_the_fault(reader)
+                    continue
+                if reader.trouble is not None:
+                    raise reader.trouble from None
+                peers = ", ".join(hop.peer for hop in reader.session.route)
+                raise PeerTimedOut(f"no token came back within {self._deadline_s:g} s over {peers}") from None
         if isinstance(item, Exception):
             raise item
         if not isinstance(item, kind):
             raise TypeError(f"{type(item).__name__} for a reader of {kind.__name__}")
         return item
+
+    async def _find_the_fault(self, reader: Reader) -> None:
+        """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
+        if reader.mending is not None:
+            return
+        session, sent = reader.session, reader.sent
+        route = [link.peer for link in session.links]
+        answers = await asyncio.gather(*(self._ask(session.id, link) for link in session.links))
+        there = {answer[0]: answer[1] for answer in zip(route, answers, strict=True) if answer[1] is not None}
+        if len(there) < len(route) or reader.mending is not None or reader.through >= sent:
+            return
+        found = reader.progress.fault(sent, route, there, _usual_s(reader), time.monotonic())
+        if found is not None:
+            peer, error = found
+            self._repairs.lose(reader, peer, error.about(peer))
+
+    async def _ask(self, session: SessionId, link: Link) -> There | None:
+        """How far a session has come on a stage; a stage that does not say is given up."""
+        try:
+            return await link.where(session, PING_S)
+        except BsnsError as error:
+            await link.give_up(PeerTimedOut(f"node {link.peer} fell silent: {error.message}").about(link.peer))
+            return None
 
     def _step(self, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> tuple[Step, list[memoryview]]:
         parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)
@@ -274,19 +314,28 @@ class Generator:
             reader = self._readers.get(part.session)
             if reader is None:
                 continue  # closed meanwhile
-            if not part.wanted and reader.coming:
-                reader.coming -= 1
+            if peer != reader.session.route[-1].peer:
+                if peer in reader.former:
+                    continue  # it was given up, and is late
+                raise BadTensor(f"{peer} answered session {part.session}, of which it is not the last stage")
+            end, goal = part.position + part.rows, reader.goal
+            if end <= reader.through:
+                continue  # it came twice: once before a repair, once after
+            if not part.wanted and end < goal:
+                reader.came_through(end)
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
-            if hidden.nbytes != part.wanted * self._row_bytes or peer != reader.session.route[-1].peer:
-                raise BadTensor(f"{peer} answered session {part.session} with rows it should not have")
-            if part.wanted != reader.wanted:  # a stage before it may have asked for them: its other sessions go on
-                problem = f"{part.wanted} rows came back in place of {reader.wanted}"
+            if hidden.nbytes != part.wanted * self._row_bytes:
+                raise BadTensor(f"{peer} answered session {part.session} with rows of another size")
+            if part.wanted != reader.wanted or end != goal:  # a stage before it may have asked for them
+                problem = f"{part.wanted} rows up to {end} came back in place of {reader.wanted} up to {goal}"
                 lost = PeerLost(f"node {peer} broke the protocol, or a stage before it: {problem}")
-                self._on_failure(part.session, lost)
-            elif reader.answer is None:
+                self._on_failure(part.session, lost.about(peer))
+                continue
+            reader.came_through(end)
+            if reader.answer is None:
                 reader.heard.put_nowait(hidden)
-            elif part.position + part.rows == len(reader.answer.tokens):
+            else:
                 arrived.append(Arrived(reader.answer, hidden, part.hops))
         if arrived:
             self._decoder.submit(arrived)
@@ -298,8 +347,10 @@ class Generator:
             reader = self._readers.get(item.answer.session)
             if reader is None:
                 continue  # it has gone
-            if item.hidden is not None:
-                position = len(item.answer.tokens) - 1
+            position = len(item.answer.tokens) - 1
+            # where the first stage is being replaced, whoever feeds the new one sends this as well
+            if item.hidden is not None and reader.sent == position and not reader.feeding.locked():
+                reader.sent += 1
                 groups[reader.session.first].append((item.answer.session, position, 1, 1, item.hidden))
             reader.heard.put_nowait(item)
         for link, steps in groups.items():
@@ -307,7 +358,7 @@ class Generator:
                 link.post(*self._step(steps))
             except BsnsError as error:
                 for id_, *_ in steps:
-                    self._on_failure(id_, error)
+                    self._on_failure(id_, error.about(link.peer))
 
     def _on_decoder_failed(self, answers: list[Answer], error: Exception) -> None:
         failure = error if isinstance(error, BsnsError) else PeerFailed(f"choosing a token failed: {error!r}")
@@ -317,14 +368,24 @@ class Generator:
     def _on_failure(self, session: SessionId, error: BsnsError) -> None:
         reader = self._readers.get(session)
         if reader is not None:
-            reader.heard.put_nowait(error)
+            self._repairs.lose(reader, error.peer, error)
 
     def _on_lost(self, peer: PeerId, error: BsnsError) -> None:
-        for id_, reader in self._readers.items():
+        for reader in list(self._readers.values()):
             if any(hop.peer == peer for hop in reader.session.route):
-                self._on_failure(id_, error)
+                self._repairs.lose(reader, peer, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _usual_s(reader: Reader) -> float:
+    """What a turn of an answer takes; 0 where that is not known yet."""
+    turns_ms = reader.answer.turns_ms if reader.answer is not None else []
+    return statistics.median(total for total, _ in turns_ms[-9:]) / 1e3 if len(turns_ms) > 1 else 0.0
+
+
+def _patience_s(reader: Reader) -> float:
+    return max(PATIENCE_S, USUAL_FACTOR * _usual_s(reader))

@@ -25,7 +25,11 @@ from bsns.protocol.inference import (
     Part,
     Ping,
     Pong,
+    Reroute,
+    Rerouted,
     Result,
+    There,
+    Where,
 )
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
@@ -53,6 +57,8 @@ class Link:
         self._on_lost = on_lost
         self._opening: dict[SessionId, asyncio.Future[int]] = {}
         self._closing: dict[SessionId, asyncio.Future[int]] = {}
+        self._rerouting: dict[SessionId, asyncio.Future[None]] = {}
+        self._wheres: dict[SessionId, asyncio.Future[There]] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._probes: dict[int, asyncio.Future[float]] = {}
         self._descriptions: list[asyncio.Future[Description]] = []
@@ -75,6 +81,14 @@ class Link:
     async def close_session(self, session: SessionId, deadline_s: float) -> int:
         """Close a session; how many tokens of cache the node has left. Raises PeerTimedOut, PeerLost."""
         return await self._ask(self._closing, session, Close(session), deadline_s)
+
+    async def reroute(self, message: Reroute, deadline_s: float) -> None:
+        """Give a session other neighbours on this node. Raises what the node answers, PeerTimedOut, PeerLost."""
+        await self._ask(self._rerouting, message.session, message, deadline_s)
+
+    async def where(self, session: SessionId, deadline_s: float) -> There:
+        """How far a session has come on the node. Raises PeerTimedOut, PeerLost."""
+        return await self._ask(self._wheres, session, Where(session), deadline_s)
 
     async def ping(self, deadline_s: float = 2.0) -> float:
         """Round-trip time in seconds. Raises PeerTimedOut, PeerLost."""
@@ -101,6 +115,12 @@ class Link:
         future: asyncio.Future[Description] = asyncio.get_running_loop().create_future()
         self._descriptions.append(future)
         return await self._wait(future, Describe(), deadline_s)
+
+    async def give_up(self, error: BsnsError) -> None:
+        """Take the node for lost, though its stream is open, and end the stream."""
+        if self.lost is None:
+            self._lose(error)
+        await self.close()
 
     async def close(self) -> None:
         self._reader.cancel()
@@ -155,11 +175,20 @@ class Link:
                 if opening is not None:
                     _fail(opening, error)
                 else:
-                    self._on_failure(message.session, error)
+                    self._on_failure(message.session, error.about(self.peer))
             case Opened():
                 _settle(self._opening.get(message.session), message.cache_tokens_left)
+            case Rerouted():
+                rerouting = self._rerouting.get(message.session)
+                if not message.code:
+                    _settle(rerouting, None)
+                elif rerouting is not None:
+                    error = error_from_wire(message.code, message.message, message.about)
+                    _fail(rerouting, error.about(self.peer))
             case Closed():
                 _settle(self._closing.get(message.session), message.cache_tokens_left)
+            case There():
+                _settle(self._wheres.get(message.session), message)
             case Pong():
                 _settle(self._pings.get(message.nonce), None)
             case Probed():
@@ -179,6 +208,8 @@ class Link:
         waiting: list[asyncio.Future[Any]] = [
             *self._opening.values(),
             *self._closing.values(),
+            *self._rerouting.values(),
+            *self._wheres.values(),
             *self._pings.values(),
             *self._probes.values(),
             *self._descriptions,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from bsns.client.links import Link, Links
-from bsns.core.errors import BsnsError
+from bsns.core.errors import BsnsError, PeerTimedOut
 from bsns.core.ids import ModelId, SessionId
-from bsns.protocol.inference import Close, Open
-from bsns.routing.chain import Route
+from bsns.protocol.inference import Close, Open, Reroute
+from bsns.routing.chain import Hop, Route
 
 log = structlog.get_logger(__name__)
 
@@ -36,41 +36,93 @@ class Session:
         """Where steps enter the route."""
         return self._open[0]
 
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """One to each stage, in their order."""
+        return tuple(self._open)
+
     async def open(self, deadline_s: float = 10.0) -> None:
         """Open the session on every stage. Raises the first stage's error; nothing stays open then."""
         try:
-            results = await asyncio.gather(
-                *(self._open_stage(index, deadline_s) for index in range(len(self.route))), return_exceptions=True
-            )
-        except asyncio.CancelledError:
-            self._take_back()
+            self._open = await self._open_all(self.route, range(len(self.route)), deadline_s, lambda _: 0)
+        except BaseException:
+            self._take_back(self._asked)
             raise
+
+    async def _open_all(
+        self, route: Route, stages: range, deadline_s: float, passes_from: Callable[[int], int]
+    ) -> list[Link]:
+        results = await asyncio.gather(
+            *(self._open_stage(route, index, deadline_s, passes_from(index)) for index in stages),
+            return_exceptions=True,
+        )
         links = [result for result in results if isinstance(result, Link)]
         errors = [result for result in results if isinstance(result, BaseException)]
         # a node that opened and died while others still did: nobody listens for that yet
         errors += [link.lost.about(link.peer) for link in links if link.lost is not None]
         if errors:
-            self._take_back()
             raise errors[0]
-        self._open = links
+        return links
 
-    def _take_back(self) -> None:
-        """Close on every stage that was asked: one that has not answered may have opened the session all the same."""
-        for link in self._asked:
+    async def replace(self, start: int, end: int, hops: Route, *, passes_from: int, deadline_s: float) -> None:
+        """Put `hops`, which compute the same blocks, in the place of the stages [start, end) of the route.
+
+        They get everything that the stage before them has sent, and pass on what comes at `passes_from` or after. Of
+        the first stages' place nothing is sent here: the caller replays. Raises what the new stages or their neighbours
+        answer, blaming them; the route is as it was then.
+        """
+        route = (*self.route[:start], *hops, *self.route[end:])
+        self._take_back(self._open[start:end])  # one that is still there may take its own place
+        self._asked = []
+        last = start + len(hops) - 1
+        try:
+            opened = await self._open_all(
+                route, range(start, last + 1), deadline_s, lambda index: passes_from if index == last else 0
+            )
+            links = [*self._open[:start], *opened, *self._open[end:]]
+            # whoever comes after has to know first whom to listen to
+            for index in (last + 1, start - 1):
+                if 0 <= index < len(route):
+                    await self._reroute(links[index], route, index, index < start, deadline_s)
+        except BaseException:
+            self._take_back(self._asked)
+            raise
+        self.route, self._open = route, links
+
+    async def _reroute(self, link: Link, route: Route, index: int, again: bool, deadline_s: float) -> None:
+        before, after = _neighbours(route, index)
+        message = Reroute(
+            self.id,
+            before.peer if before else None,
+            after.peer if after else None,
+            after.addresses if after else (),
+            again,
+        )
+        try:
+            await link.reroute(message, deadline_s)
+        except BsnsError as error:
+            raise error.about(link.peer) from None
+
+    def _take_back(self, links: Sequence[Link]) -> None:
+        """Close on stages that were asked: one that has not answered may have opened the session all the same."""
+        for link in links:
             with contextlib.suppress(BsnsError):
                 link.post(Close(self.id))
 
-    async def _open_stage(self, index: int, deadline_s: float) -> Link:
-        hop = self.route[index]
+    async def _open_stage(self, route: Route, index: int, deadline_s: float, passes_from: int) -> Link:
+        hop = route[index]
         try:
-            return await self._ask_stage(index, deadline_s)
+            async with asyncio.timeout(deadline_s):
+                return await self._ask_stage(route, index, deadline_s, passes_from)
+        except TimeoutError:
+            raise PeerTimedOut(f"node {hop.peer} was not reached within {deadline_s:g} s").about(hop.peer) from None
         except BsnsError as error:
             named = error if hop.peer in error.message else type(error)(f"node {hop.peer}: {error.message}")
             raise named.about(error.peer or hop.peer) from None
 
-    async def _ask_stage(self, index: int, deadline_s: float) -> Link:
-        hop = self.route[index]
-        onward = self.route[index + 1] if index + 1 < len(self.route) else None
+    async def _ask_stage(self, route: Route, index: int, deadline_s: float, passes_from: int) -> Link:
+        hop = route[index]
+        before, after = _neighbours(route, index)
         link = await self._links.to(hop.peer, hop.addresses)
         self._asked.append(link)
         request = Open(
@@ -80,10 +132,11 @@ class Session:
             end=hop.blocks.end,
             dtype=self._dtype,
             max_tokens=self.max_tokens,
-            depth=len(self.route),
-            next_peer=onward.peer if onward else None,
-            next_addresses=onward.addresses if onward else (),
-            previous_peer=self.route[index - 1].peer if index else None,
+            depth=len(route),
+            next_peer=after.peer if after else None,
+            next_addresses=after.addresses if after else (),
+            previous_peer=before.peer if before else None,
+            passes_from=passes_from,
         )
         await link.open(request, deadline_s)
         return link
@@ -92,10 +145,15 @@ class Session:
         """Free the session on every stage that still answers; the others free it when they see our stream gone."""
         links, self._open = self._open, []
         outcomes: Sequence[int | BaseException] = await asyncio.gather(
-            *(link.close_session(self.id, deadline_s) for link in links), return_exceptions=True
+            *(link.close_session(self.id, deadline_s) for link in links if link.lost is None), return_exceptions=True
         )
-        for link, outcome in zip(links, outcomes, strict=True):
+        for outcome in outcomes:
             if isinstance(outcome, BsnsError):
-                log.info("a node did not confirm the end of a session", node=link.peer, error=outcome.message)
+                log.info("a node did not confirm the end of a session", error=outcome.message)
             elif isinstance(outcome, BaseException):
                 raise outcome
+
+
+def _neighbours(route: Route, index: int) -> tuple[Hop | None, Hop | None]:
+    """Who comes before a stage, and who after it; the client is nobody."""
+    return route[index - 1] if index else None, route[index + 1] if index + 1 < len(route) else None

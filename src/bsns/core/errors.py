@@ -10,7 +10,7 @@ BsnsError
 ├── SwarmError          wait or add nodes  the swarm cannot serve this now
 │   ├── MissingBlocks · NoSuchSwarm
 ├── PeerError           try another peer   this peer cannot serve this now
-│   ├── PeerUnreachable · PeerLost · PeerTimedOut
+│   ├── PeerUnreachable · PeerLost · PeerTimedOut · PeerSlow
 │   └── CacheFull · NotHere · PeerFailed
 ├── SessionError        reopen and replay  the stage no longer has this session's state
 │   ├── UnknownSession · PositionGap
@@ -147,6 +147,10 @@ class PeerLost(PeerError):
 
 class PeerTimedOut(PeerError):
     """The peer did not answer within the deadline."""
+
+
+class PeerSlow(PeerError):
+    """The peer answers, but computes far more slowly than it did."""
 
 
 class CacheFull(PeerError):

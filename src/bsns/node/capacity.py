@@ -58,6 +58,8 @@ class Room:
     block_bytes: Sequence[int]
     kv_bytes: int
     """Of one token and block."""
+    row_bytes: int
+    """Of one token's activations, which a session's journal keeps beside its caches."""
     cache_bytes: int
     """The most that goes to caches."""
     least_tokens: int
@@ -73,7 +75,7 @@ class Room:
         """
         held = list(ranges)
         free_bytes = self.usable_bytes - sum(self.block_bytes[block] for blocks in held for block in blocks)
-        tokens = min(free_bytes, self.cache_bytes) // (self.kv_bytes * max(map(len, held)))
+        tokens = min(free_bytes, self.cache_bytes) // (self.kv_bytes * max(map(len, held)) + self.row_bytes)
         return min(tokens, self.most_tokens) if tokens >= max(self.least_tokens, reserved) else None
 
     def plannable_bytes(self, tokens: int) -> int:
@@ -83,7 +85,8 @@ class Room:
         """
         block_bytes = sum(self.block_bytes) / len(self.block_bytes)
         reckoned, real = (block_bytes + self.kv_bytes * promise for promise in (tokens, self.least_tokens))
-        plannable_bytes = int(self.usable_bytes * min(1.0, reckoned / real))
+        usable_bytes = max(0, self.usable_bytes - self.row_bytes * self.least_tokens)
+        plannable_bytes = int(usable_bytes * min(1.0, reckoned / real))
         if self.most_blocks is None:
             return plannable_bytes
         return min(plannable_bytes, self.most_blocks * (max(self.block_bytes) + self.kv_bytes * tokens))
@@ -138,13 +141,18 @@ def usable_bytes(options: ServeOptions) -> int:
 
 
 def choose_blocks(
-    options: ServeOptions, source: ModelSource, present: list[NodeRecord], block_bytes: list[int], kv_bytes: int
+    options: ServeOptions,
+    source: ModelSource,
+    present: list[NodeRecord],
+    block_bytes: list[int],
+    kv_bytes: int,
+    row_bytes: int,
 ) -> BlockRange:
     """The range asked for, or the one the swarm needs most among those that fit."""
     baseline_bytes = rss_bytes()
     memory_bytes = usable_bytes(options) + baseline_bytes
     tokens = options.cache_tokens or least_cache_tokens(source)
-    fit = fitting_blocks(memory_bytes, block_bytes, kv_bytes, tokens, baseline_bytes)
+    fit = fitting_blocks(memory_bytes, block_bytes, kv_bytes, tokens, baseline_bytes + row_bytes * tokens)
     asked = options.first_blocks if options.follows else options.blocks
     if asked is None:
         holders = [(r.blocks, 1.0 / max(r.block_time_s, 1e-6) if r.block_time_s else 1.0) for r in present]
@@ -159,7 +167,12 @@ def choose_blocks(
 
 
 def cache_tokens_of(
-    options: ServeOptions, source: ModelSource, blocks: BlockRange, block_bytes: list[int], kv_bytes: int
+    options: ServeOptions,
+    source: ModelSource,
+    blocks: BlockRange,
+    block_bytes: list[int],
+    kv_bytes: int,
+    row_bytes: int,
 ) -> int:
     """How many tokens of cache to promise: as asked, or what the memory leaves, up to a sensible lot."""
     if options.cache_tokens:
@@ -169,17 +182,18 @@ def cache_tokens_of(
         budget = int(psutil.virtual_memory().available * 0.25)
     else:
         budget = options.memory_bytes - rss_bytes() - sum(block_bytes[i] for i in blocks)
-    return max(min(enough, budget // (kv_bytes * len(blocks))), least_cache_tokens(source))
+    return max(min(enough, budget // (kv_bytes * len(blocks) + row_bytes)), least_cache_tokens(source))
 
 
 def room_of(
-    options: ServeOptions, source: ModelSource, cache_bytes: int, block_bytes: list[int], kv_bytes: int
+    options: ServeOptions, source: ModelSource, cache_bytes: int, block_bytes: list[int], kv_bytes: int, row_bytes: int
 ) -> Room:
     """What the node may hold when it moves; without a memory limit, its caches may take what they take at first."""
     return Room(
         usable_bytes=usable_bytes(options),
         block_bytes=block_bytes,
         kv_bytes=kv_bytes,
+        row_bytes=row_bytes,
         cache_bytes=cache_bytes if options.memory_bytes is None else usable_bytes(options),
         least_tokens=options.cache_tokens or least_cache_tokens(source),
         most_tokens=options.cache_tokens or CACHE_SESSIONS * max(source.context_tokens // 4, 1),

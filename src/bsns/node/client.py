@@ -168,8 +168,8 @@ class Client:
         wish = replace(self._wish, hop_bytes=source.hidden_size * DTYPE_BYTES[dtype])
         self._view = view = View(self._peer.directory, source.model_id, dtype, source.block_count, wish=wish)
 
-        async def find_route(needed_tokens: int, avoid: Collection[PeerId]) -> Route:
-            return await view.route(self.generator.links, needed_tokens, avoid)
+        async def find_route(needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None) -> Route:
+            return await view.route(self.generator.links, needed_tokens, avoid, blocks)
 
         self._generator = Generator(
             ends,
@@ -182,6 +182,7 @@ class Client:
             threads=self._threads,
             deadline_s=self._deadline_s,
             release=view.release,
+            blame=view.blame,
         )
 
     async def _choose_dtype(self, view: View) -> str:

@@ -81,9 +81,11 @@ class Server:
         dtype = choose_dtype(options.dtype, device, [record.dtype for record in present])
         block_bytes = block_bytes_of(source, DTYPE_BYTES[dtype])
         kv_bytes = source.kv_bytes_per_token_per_block(DTYPE_BYTES[dtype])
-        blocks = choose_blocks(options, source, present, block_bytes, kv_bytes)
-        cache_tokens = cache_tokens_of(options, source, blocks, block_bytes, kv_bytes)
-        room = room_of(options, source, cache_tokens * kv_bytes * len(blocks), block_bytes, kv_bytes)
+        row_bytes = source.hidden_size * DTYPE_BYTES[dtype]
+        blocks = choose_blocks(options, source, present, block_bytes, kv_bytes, row_bytes)
+        cache_tokens = cache_tokens_of(options, source, blocks, block_bytes, kv_bytes, row_bytes)
+        cache_bytes = cache_tokens * (kv_bytes * len(blocks) + row_bytes)
+        room = room_of(options, source, cache_bytes, block_bytes, kv_bytes, row_bytes)
         record = NodeRecord(
             peer=peer.id,
             addresses=peer.transport.addresses,

@@ -8,18 +8,22 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from bsns.client.links import Links
-from bsns.core.errors import BsnsError, MissingBlocks
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BsnsError, CacheFull, MissingBlocks
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.snapshot import Link as Way
 from bsns.core.snapshot import Snapshot
 from bsns.protocol.inference import Description
 from bsns.protocol.records import NodeRecord
-from bsns.routing.chain import Knowledge, Route, Wish, best_chain
+from bsns.routing.chain import Knowledge, Route, Wish, best_chain, best_detour
+from bsns.routing.grudges import Grudges
 from bsns.routing.load import Loads
 from bsns.swarm.directory import Directory
 from bsns.swarm.snapshot import snapshot
 
 RECORDS_FRESH_S = 2.0
+DETOUR_FRESH_S = 0.3
+"""What may not be old when nobody is known who could take a lost stage's place."""
 ROUND_TRIP_FRESH_S = 30.0
 
 
@@ -55,6 +59,7 @@ class View:
         self._read_s = -RECORDS_FRESH_S
         self._round_trip_s: dict[PeerId, tuple[float | None, float]] = {}
         self._loads = Loads()
+        self._grudges = Grudges()
 
     async def records(self) -> list[NodeRecord]:
         """The model's nodes, at most `RECORDS_FRESH_S` old."""
@@ -80,28 +85,60 @@ class View:
         }
         return snapshot(self._records, time.time(), client)
 
-    async def route(self, links: Links, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
+    async def route(
+        self, links: Links, needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None = None
+    ) -> Route:
         """The chain that serves the wish best, with room for a session. Raises MissingBlocks, CacheFull.
+
+        `blocks`: of a part only, in place of stages that were lost; without a word to anybody if what is known will do.
 
         The session counts as open on its nodes until `release` is told that it has ended, or was not opened.
         """
+        if blocks is not None:
+            return await self._detour(links, blocks, needed_tokens, avoid)
         if avoid:
             self._read_s = -RECORDS_FRESH_S  # somebody refused: what we know is out of date
         records = await self.records()
         if not records:
             raise MissingBlocks("no node of the swarm serves this model; start one with bsns serve MODEL --join INVITE")
         await self._measure(links, [record for record in records if record.peer not in avoid])
+        return self._best(None, needed_tokens, avoid)
+
+    async def _detour(self, links: Links, blocks: BlockRange, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
+        try:
+            return self._best(blocks, needed_tokens, avoid)
+        except (MissingBlocks, CacheFull):
+            if time.monotonic() - self._read_s < DETOUR_FRESH_S:
+                raise
+            self._read_s = -RECORDS_FRESH_S
+            await self.records()
+            return self._best(blocks, needed_tokens, avoid)
+
+    def _best(self, blocks: BlockRange | None, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
+        """Without those that failed us lately, if there are others."""
         silent = {peer for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is None}
-        route = best_chain(
-            records,
-            records[0].block_count,
-            Knowledge(self.snapshot(), self.sessions(), silent),
-            needed_tokens=needed_tokens,
-            avoid=avoid,
-            wish=self._wish,
-        )
+        known = Knowledge(self.snapshot(), self.sessions(), silent)
+
+        def choose(avoid: Collection[PeerId]) -> Route:
+            records, wish = self._records, self._wish
+            if blocks is not None:
+                return best_detour(records, blocks, known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
+            count = records[0].block_count
+            return best_chain(records, count, known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
+
+        passed_over = self._grudges.passed_over(time.monotonic()) - set(avoid)
+        try:
+            route = choose({*avoid, *passed_over})
+        except (MissingBlocks, CacheFull):
+            if not passed_over:
+                raise
+            route = choose(avoid)
         self._loads.add([hop.peer for hop in route])
         return route
+
+    def blame(self, peer: PeerId, error: BsnsError) -> None:
+        """A peer failed one of our sessions: others are chosen for a while."""
+        self._grudges.blame(peer, error, time.monotonic())
 
     def release(self, route: Route) -> None:
         """A session on a route that `route` gave has ended."""

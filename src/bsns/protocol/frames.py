@@ -27,13 +27,17 @@ from bsns.protocol.inference import (
     Opened,
     Ping,
     Pong,
+    Reroute,
+    Rerouted,
     Result,
     Step,
+    There,
+    Where,
 )
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 PREFIX = struct.Struct("<II")
 MAX_HEADER_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -49,6 +53,10 @@ Message = (
     | Step
     | Result
     | Failure
+    | Reroute
+    | Rerouted
+    | Where
+    | There
     | Close
     | Closed
     | Ping

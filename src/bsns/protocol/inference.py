@@ -4,6 +4,8 @@
     client → first stage     Step      a step's hidden states enter the route
     stage  → next stage      Step      …walk it…
     last stage → client      Result    …and return directly
+    client → some stages     Reroute   a neighbour was lost and is replaced; answered by Rerouted
+    client → every stage     Where     how far a session has come there; answered by There
     client → every stage     Close     answered by Closed
     stage  → client          Failure   anything that went wrong with a session, with a class of core.errors as code
 
@@ -42,6 +44,9 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     next_addresses: tuple[str, ...] = ()
     previous_peer: PeerId | None = None
     """Who may send steps besides the client that opened."""
+    passes_from: int = 0
+    """Outputs before this position are kept for a replay but not passed on: whoever comes after has them. For a stage
+    that takes a lost one's place."""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
@@ -80,6 +85,40 @@ class Failure(msgspec.Struct, frozen=True, tag="failure"):
     code: str
     message: str
     about: PeerId | None = None
+
+
+class Reroute(msgspec.Struct, frozen=True, tag="reroute"):
+    """The session's neighbours from now on."""
+
+    session: SessionId
+    previous_peer: PeerId | None
+    next_peer: PeerId | None
+    next_addresses: tuple[str, ...] = ()
+    again: bool = False
+    """Whether the next stage is to be sent everything from the first position on."""
+
+
+class Rerouted(msgspec.Struct, frozen=True, tag="rerouted"):
+    """The neighbours are as asked, unless `code` says what came in the way."""
+
+    session: SessionId
+    code: str = ""
+    message: str = ""
+    about: PeerId | None = None
+
+
+class Where(msgspec.Struct, frozen=True, tag="where"):
+    """Ask how far a session has come on this stage: what a client does when a step is overdue."""
+
+    session: SessionId
+
+
+class There(msgspec.Struct, frozen=True, tag="there"):
+    session: SessionId
+    given: int
+    """How many tokens the stage has been given; −1 if it does not have the session."""
+    done: int
+    """How many of them it has computed."""
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):

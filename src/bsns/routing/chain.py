@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from bsns.core.blocks import BlockRange, missing_blocks
@@ -123,6 +124,38 @@ def best_chain(
             f"{MAX_DEPTH} nodes; add a node"
         )
     return tuple(Hop(roomy[n].peer, BlockRange(start, end), roomy[n].addresses) for n, start, end in chain)
+
+
+def best_detour(
+    records: Sequence[NodeRecord],
+    blocks: BlockRange,
+    known: Knowledge,
+    *,
+    needed_tokens: int,
+    avoid: Collection[PeerId] = (),
+    wish: Wish | None = None,
+) -> Route:
+    """As `best_chain`, over a range of the blocks. Raises MissingBlocks, CacheFull."""
+    there: list[NodeRecord] = []
+    for record in records:
+        ranges = [
+            (max(held.start, blocks.start) - blocks.start, min(held.end, blocks.end) - blocks.start)
+            for held in record.ranges
+            if held.start < blocks.end and blocks.start < held.end
+        ]
+        if ranges:
+            (start, end), *others = ranges
+            there.append(
+                msgspec.structs.replace(record, start=start, end=end, others=tuple(others), block_count=len(blocks))
+            )
+    try:
+        route = best_chain(there, len(blocks), known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
+    except (MissingBlocks, CacheFull) as error:
+        raise type(error)(f"nobody else can serve blocks {blocks} ({error.message})") from None
+    return tuple(
+        Hop(hop.peer, BlockRange(hop.blocks.start + blocks.start, hop.blocks.end + blocks.start), hop.addresses)
+        for hop in route
+    )
 
 
 def _chain(found: tuple[Cost, Chain] | None) -> Chain | None:

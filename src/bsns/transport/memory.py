@@ -40,7 +40,10 @@ class _Gate(asyncio.ReadTransport):
 class _Pipe:
     """One direction of a stream: bytes in at one end, frames out at the other."""
 
-    def __init__(self, sender: PeerId) -> None:
+    def __init__(self, sender: PeerId, receiver: PeerId, network: MemoryNetwork) -> None:
+        self.ends = frozenset((sender, receiver))
+        self._network = network
+        self._held = bytearray()
         self._reader = asyncio.StreamReader(limit=PIPE_BYTES)
         self._gate = _Gate()
         self._reader.set_transport(self._gate)
@@ -48,14 +51,22 @@ class _Pipe:
         self.closed = False
 
     def feed(self, data: bytes) -> None:
-        if data:
+        if self._network.is_silent(self.ends):
+            self._held += data
+        elif data:
             self._reader.feed_data(data)
+
+    def resume(self) -> None:
+        """Bring what was held back while the peers were silent."""
+        held, self._held = bytes(self._held), bytearray()
+        if held and not self.closed:
+            self._reader.feed_data(held)
 
     async def drained(self) -> None:
         await self._gate.open.wait()
 
     def close(self, *, lost: bool = False) -> None:
-        if self.closed:
+        if self.closed or (self._network.is_silent(self.ends) and not lost):
             return
         self.closed = True
         if lost:
@@ -111,6 +122,10 @@ class MemoryStream:
         self._outbound.close()
         self._inbound.close(lost=True)
 
+    def resume(self) -> None:
+        """See `MemoryNetwork.sound`."""
+        self._outbound.resume()
+
     @property
     def closed(self) -> bool:
         return self._outbound.closed and self._inbound.closed
@@ -142,10 +157,15 @@ class MemoryTransport:
     async def dial(self, peer: PeerId, addresses: Sequence[str] = (), *, deadline_s: float = 5.0) -> MemoryStream:
         """Raises PeerUnreachable unless the peer is alive, connected with this one, and listens."""
         await asyncio.sleep(0)
+        while self._network.is_silent(frozenset((self._peer, peer))):
+            if deadline_s <= 0:
+                raise PeerUnreachable(f"{peer} does not answer")
+            await asyncio.sleep(min(0.05, deadline_s))
+            deadline_s -= 0.05
         there = self._network.reach(self._peer, peer)
         if there is None or there.handler is None:
             raise PeerUnreachable(f"{peer} does not answer")
-        forth, back = _Pipe(self._peer), _Pipe(peer)
+        forth, back = _Pipe(self._peer, peer, self._network), _Pipe(peer, self._peer, self._network)
         near = MemoryStream(self, peer, inbound=back, outbound=forth)
         self._keep(near)
         there.accept(MemoryStream(there, self._peer, inbound=forth, outbound=back), there.handler)
@@ -207,6 +227,7 @@ class MemoryNetwork:
     def __init__(self) -> None:
         self._peers: dict[PeerId, MemoryTransport] = {}
         self._cut: set[frozenset[PeerId]] = set()
+        self._silent: set[frozenset[PeerId]] = set()
 
     def transport(self, peer: PeerId | str) -> MemoryTransport:
         """A new peer of the given id."""
@@ -235,6 +256,26 @@ class MemoryNetwork:
             for stream in transport.streams if transport is not None else ():
                 if stream.peer == far:
                     stream.cut()
+
+    def silence(self, one: PeerId, other: PeerId) -> None:
+        """Let nothing come from either to the other, as where packets are dropped: no stream ends. `sound` ends it."""
+        self._silent.add(frozenset((one, other)))
+
+    def freeze(self, peer: PeerId) -> None:
+        """Silence a peer to everybody, as a stopped process is."""
+        for other in self._peers:
+            if other != peer:
+                self.silence(peer, other)
+
+    def sound(self, peer: PeerId) -> None:
+        """End every silence of a peer; what was held back comes."""
+        self._silent = {ends for ends in self._silent if peer not in ends}
+        for transport in self._peers.values():
+            for stream in transport.streams:
+                stream.resume()
+
+    def is_silent(self, ends: frozenset[PeerId]) -> bool:
+        return ends in self._silent
 
     def heal(self, one: PeerId, other: PeerId) -> None:
         """Undo `cut` for streams opened from now on."""

@@ -39,8 +39,11 @@ class Relay:
         """Send a frame to a peer that sessions have connected to. Raises PeerLost; the next `connect` dials anew."""
         stream = self._streams.get(peer)
         if stream is None:
-            raise PeerLost(f"the stream to the next stage {peer} closed")
-        stream.post(message, buffers)
+            raise PeerLost(f"the stream to the next stage {peer} closed").about(peer)
+        try:
+            stream.post(message, buffers)
+        except BsnsError as error:
+            raise error.about(peer) from None
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure there is a stream. Raises PeerError."""

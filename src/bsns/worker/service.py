@@ -29,8 +29,12 @@ from bsns.protocol.inference import (
     Part,
     Ping,
     Pong,
+    Reroute,
+    Rerouted,
     Result,
     Step,
+    There,
+    Where,
 )
 from bsns.protocol.probing import MAX_PROBE_BYTES, Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
@@ -38,6 +42,7 @@ from bsns.swarm.allowances import ProbeLimiter
 from bsns.transport.port import Dial, Stream
 from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.executor import Executor
+from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
 from bsns.worker.sessions import Session, SessionTable
 
@@ -152,6 +157,13 @@ class Worker:
                 self._accept(stream, message, buffers)
             case Open():
                 self._open(stream, message)
+            case Reroute():
+                self._reroute(stream, message)
+            case Where():
+                session = self.sessions.get(message.session)
+                ours = session is not None and session.client == stream.peer
+                given, done = (session.end, session.done) if session is not None and ours else (-1, -1)
+                self._post(stream, There(message.session, given, done))
             case Close():
                 if self.sessions.close(message.session, stream.peer):
                     self._free(message.session)
@@ -182,6 +194,8 @@ class Worker:
         self._clients[stream.peer] = stream
         assert session.held is not None
         self._executors[session.held].open(session.id, session.max_tokens)
+        if session.next is not None:
+            session.journal = Journal(self._hidden_size * DTYPE_BYTES[self._dtype])
         self._spawn(self._connect(stream, session))
 
     async def _connect(self, stream: Stream, session: Session) -> None:
@@ -194,6 +208,36 @@ class Worker:
                 self.sessions.close(session.id, session.client)
                 self._free(session.id)
             self._report(stream, session.id, error)
+
+    def _reroute(self, stream: Stream, message: Reroute) -> None:
+        """Give a session other neighbours; the next stage may be sent everything again."""
+        try:
+            session = self.sessions.reroute(message, stream.peer)
+        except BsnsError as error:
+            self._post(stream, Rerouted(message.session, error.code, error.message, error.peer))
+            return
+        session.previous = message.previous_peer
+        if message.again and message.next_peer is not None:
+            self._spawn(self._replay(stream, session, message.next_peer, message.next_addresses))
+        else:
+            self._post(stream, Rerouted(session.id))
+
+    async def _replay(self, stream: Stream, session: Session, peer: PeerId, addresses: Sequence[str]) -> None:
+        try:
+            await self._relay.connect(peer, addresses)
+            if self.sessions.get(session.id) is not session:
+                return
+            # from here on without a pause: what is computed meanwhile follows what is replayed
+            session.next, session.next_addresses = peer, tuple(addresses)
+            assert session.journal is not None
+            for position, rows, wanted in session.journal.replay():
+                count = len(rows) // session.journal.row_bytes
+                tensors = (TensorSpec.raw("hidden", self._dtype, (count, self._hidden_size)),)
+                self._relay.post(peer, Step((Part(session.id, position, count, wanted),), tensors), [rows])
+        except BsnsError as error:
+            self._post(stream, Rerouted(session.id, error.code, error.message, error.peer or peer))
+        else:
+            self._post(stream, Rerouted(session.id))
 
     def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
         """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for a whole frame."""
@@ -278,7 +322,12 @@ class Worker:
         for work, output in zip(batch.works, outputs, strict=True):
             if self.sessions.get(work.part.session) is not work.session:
                 continue  # closed meanwhile: nobody waits for it
-            onward = work.session.next
+            onward, part = work.session.next, work.part
+            work.session.done = part.position + part.rows
+            if work.session.journal is not None:
+                work.session.journal.write(part.position, output, part.wanted)
+            if part.position + part.rows <= work.session.passes_from:
+                continue  # a replay: whoever comes after has it
             groups[(onward is not None, onward or work.session.client)].append((work, output))
         for (forward, peer), members in groups.items():
             self._pass_on(forward, peer, members, compute_ms)
@@ -293,8 +342,10 @@ class Worker:
         for work, output in members:
             part = work.part
             hops = (*part.hops, ((sent_s - work.arrived_s) * 1e3, compute_ms))
-            parts.append(Part(part.session, part.position, part.rows, part.wanted, hops))
-            keep = part.rows if forward else part.wanted
+            known = max(0, work.session.passes_from - part.position)  # rows that whoever comes after has
+            wanted = min(part.wanted, part.rows - known)
+            parts.append(Part(part.session, part.position + known, part.rows - known, wanted, hops))
+            keep = part.rows - known if forward else wanted
             rows += keep
             if keep:
                 buffers.append(output[(part.rows - keep) * row_bytes :])
@@ -326,11 +377,12 @@ class Worker:
         """Tell a session's client that the next stage no longer has it; the stream's other sessions go on."""
         session = self.sessions.get(failure.session)
         if session is not None and session.next == peer:
-            self._post(self._clients.get(session.client), failure)
+            told = Failure(failure.session, failure.code, failure.message, failure.about or peer)
+            self._post(self._clients.get(session.client), told)
 
     def _on_next_lost(self, peer: PeerId) -> None:
         """Tell the clients of every session that went on through a next stage that is gone."""
-        error = PeerLost(f"the next stage {peer} is gone")
+        error = PeerLost(f"the next stage {peer} is gone").about(peer)
         for session in self.sessions.onward_to(peer):
             self._report(self._clients.get(session.client), session.id, error)
 

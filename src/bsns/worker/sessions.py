@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, CacheFull, NotHere, PositionGap, UnknownSession
 from bsns.core.ids import ModelId, PeerId, SessionId
-from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Open, Part
+from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Open, Part, Reroute
+from bsns.worker.journal import Journal
 
 MAX_ADDRESSES = 16
 MAX_TEXT = 256
@@ -28,11 +29,17 @@ class Session:
     next_addresses: tuple[str, ...]
     end: int = 0
     """How many tokens the stage has been given; the next step may start here or anywhere before."""
+    done: int = 0
+    """How many of them it has computed."""
     seen_s: float = 0.0
     waiting: int = 0
     """How many rows it was given that have not run yet."""
     held: BlockRange | None = None
     """On which of the node's ranges it runs, to its end; `blocks` lie in it."""
+    passes_from: int = 0
+    """Outputs before this position are not passed on: the next stage has them."""
+    journal: Journal | None = None
+    """What was passed on, or would have been; the last stage of a route has none."""
 
 
 class SessionTable:
@@ -142,11 +149,9 @@ class SessionTable:
             raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
         if not 1 <= message.depth <= MAX_DEPTH:
             raise BadFrame(f"a route of {message.depth} stages is impossible")
-        peers = [peer for peer in (message.previous_peer, message.next_peer) if peer is not None]
-        if len(message.next_addresses) > MAX_ADDRESSES or any(
-            len(text) > MAX_TEXT for text in (*peers, *message.next_addresses)
-        ):
-            raise BadFrame(f"more than {MAX_ADDRESSES} addresses, or one or a peer of more than {MAX_TEXT} letters")
+        _check_names(message)
+        if not 0 <= message.passes_from <= message.max_tokens:
+            raise BadFrame(f"a stage cannot pass on what lies beyond {message.max_tokens} tokens")
         if message.max_tokens > self.cache_tokens_left or len(self._sessions) >= self.max_sessions:
             raise CacheFull(
                 f"{message.max_tokens} tokens of cache asked for, {self.cache_tokens_left} of {self.cache_tokens} left "
@@ -163,6 +168,7 @@ class SessionTable:
             message.next_addresses,
             seen_s=now_s,
             held=held,
+            passes_from=message.passes_from,
         )
         self._sessions[message.session] = session
         self._reserved += message.max_tokens
@@ -190,6 +196,18 @@ class SessionTable:
             )
         session.end = part.position + part.rows
         session.seen_s = now_s
+        return session
+
+    def reroute(self, message: Reroute, client: PeerId) -> Session:
+        """The session that is to get other neighbours. Raises UnknownSession for one of others, or BadFrame."""
+        session = self._sessions.get(message.session)
+        if session is None or session.client != client:
+            raise UnknownSession(f"no session {message.session} is open here for this peer; reopen it and replay")
+        if (session.next is None) != (message.next_peer is None):
+            raise BadFrame("a stage that was the last of its route stays the last, and another does not become it")
+        if not message.again and message.next_peer != session.next:
+            raise BadFrame("a next stage that is new has to be sent everything")
+        _check_names(message)
         return session
 
     def close(self, session: SessionId, client: PeerId) -> bool:
@@ -229,3 +247,11 @@ class SessionTable:
     def _drop(self, session: Session) -> None:
         del self._sessions[session.id]
         self._reserved -= session.max_tokens
+
+
+def _check_names(message: Open | Reroute) -> None:
+    peers = [peer for peer in (message.previous_peer, message.next_peer) if peer is not None]
+    if len(message.next_addresses) > MAX_ADDRESSES or any(
+        len(text) > MAX_TEXT for text in (*peers, *message.next_addresses)
+    ):
+        raise BadFrame(f"more than {MAX_ADDRESSES} addresses, or one or a peer of more than {MAX_TEXT} letters")

@@ -23,7 +23,7 @@ class Shape:
 
 def choose(blocks: str, room_mib: int) -> BlockRange:
     options = ServeOptions(blocks=blocks, memory_bytes=rss_bytes() + room_mib * 2**20)
-    return choose_blocks(options, cast("ModelSource", Shape()), [], BLOCK_BYTES, kv_bytes=1)
+    return choose_blocks(options, cast("ModelSource", Shape()), [], BLOCK_BYTES, kv_bytes=1, row_bytes=0)
 
 
 def test_auto_takes_as_much_as_fits() -> None:

@@ -88,7 +88,7 @@ def record(peer: PeerId, *ranges: BlockRange, state: str = "serving", follows: b
 
 def room(usable: int = 1000) -> Room:
     """Blocks of 100 bytes, tokens of 1 byte a block, 25 of which have to be promised."""
-    return Room(usable, [100] * BLOCKS, 1, usable, 25, 64)
+    return Room(usable, [100] * BLOCKS, 1, 0, usable, 25, 64)
 
 
 @pytest.fixture

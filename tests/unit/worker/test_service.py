@@ -30,8 +30,12 @@ from bsns.protocol.inference import (
     Part,
     Ping,
     Pong,
+    Reroute,
+    Rerouted,
     Result,
     Step,
+    There,
+    Where,
 )
 from bsns.protocol.tensors import TensorSpec
 from bsns.transport.memory import MemoryNetwork, MemoryStream
@@ -636,3 +640,61 @@ async def test_short_batches_run_on_the_loop_and_long_ones_on_a_thread(bench: Be
 
 def computing() -> bool:
     return any(thread.name.startswith("compute") for thread in threading.enumerate())
+
+
+async def test_a_session_can_be_led_around_a_lost_stage(bench: Bench) -> None:
+    """What went to the lost stage goes to its spare again; what the client has heard of is not passed on twice."""
+    first, lost, spare = [await bench.node(name) for name in ("first", "lost", "spare")]
+    callers = {name: await bench.call(bench.swarm.nodes[name]) for name in ("first", "lost", "spare")}
+    onward = {"depth": 2, "next_peer": PeerId("lost"), "next_addresses": lost.transport.addresses}
+    assert isinstance(await callers["lost"].ask(opening(lost, depth=2, previous_peer=PeerId("first"))), Opened)
+    assert isinstance(await callers["first"].ask(opening(first, **onward)), Opened)
+    await callers["first"].step(0, 3)
+    await callers["lost"].result()
+    bench.swarm.network.kill(PeerId("lost"))
+    failure = await callers["first"].failure()
+    assert (failure.code, failure.about) == ("PeerLost", "lost")
+    await callers["first"].step(3, 2, wanted=2)  # into the void: it is kept all the same
+    assert (await callers["first"].failure()).about == "lost"
+    taking = opening(spare, depth=2, previous_peer=PeerId("first"), passes_from=2)
+    assert isinstance(await callers["spare"].ask(taking), Opened)
+    around = Reroute(SessionId(1), None, PeerId("spare"), spare.transport.addresses, again=True)
+    assert await callers["first"].ask(around) == Rerouted(SessionId(1))
+    result, _ = await callers["spare"].result()
+    assert [(part.position, part.rows, part.wanted) for part in result.parts] == [(2, 1, 0)]
+    result, rows = await callers["spare"].result()
+    assert [(part.position, part.rows, part.wanted) for part in result.parts] == [(3, 2, 2)]
+    assert np.array_equal(rows, hidden(3, 2) + 2)
+    assert await callers["spare"].ask(Where(SessionId(1))) == There(SessionId(1), 5, 5)
+    await callers["first"].step(5, 1, wanted=1)
+    _, rows = await callers["spare"].result()
+    assert np.array_equal(rows, hidden(5, 1) + 2)
+
+
+async def test_nobody_else_may_lead_a_session_around_or_ask_for_it(bench: Bench) -> None:
+    first, second = await bench.node("first"), await bench.node("second")
+    caller, stranger = await bench.call(first), await bench.call(first, "stranger")
+    onward = {"depth": 2, "next_peer": PeerId("second"), "next_addresses": second.transport.addresses}
+    assert isinstance(await caller.ask(opening(first, **onward)), Opened)
+    theft = Reroute(SessionId(1), None, PeerId("stranger"), (), again=True)
+    answered = await stranger.ask(theft)
+    assert isinstance(answered, Rerouted)
+    assert answered.code == "UnknownSession"
+    assert await stranger.ask(Where(SessionId(1))) == There(SessionId(1), -1, -1)
+    session = first.worker.sessions.get(SessionId(1))
+    assert session is not None
+    assert session.next == "second"
+    for bad in (
+        Reroute(SessionId(1), None, None),  # it would become the last stage
+        Reroute(SessionId(1), None, PeerId("third")),  # which would not have what came before
+        Reroute(SessionId(1), None, PeerId("x" * 300), (), again=True),
+        Reroute(SessionId(1), None, PeerId("second"), ("/a",) * 17, again=True),
+    ):
+        answered = await caller.ask(bad)
+        assert isinstance(answered, Rerouted)
+        assert answered.code == "BadFrame"
+    gone = await caller.ask(Reroute(SessionId(1), None, PeerId("nowhere"), (), again=True))
+    assert isinstance(gone, Rerouted)
+    assert (gone.code, gone.about) == ("PeerUnreachable", "nowhere")
+    assert session.next == "second"
+    assert await serves(bench, first)

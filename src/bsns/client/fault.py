@@ -1,0 +1,64 @@
+"""Faults: whose doing it is that a session's step is overdue, by how far it has come on each stage. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bsns.core.errors import BsnsError, PeerSlow, PeerTimedOut, UnknownSession
+from bsns.core.ids import PeerId
+from bsns.protocol.inference import There
+
+LATE_S = 0.3
+"""Nobody is blamed who has stood still for less."""
+SLOW_FACTOR = 10.0
+SLOW_S = 1.0
+"""A stage is slow that stands still, with a step to compute, for so many of the usual turns, and for so long."""
+SLOW_AT_FIRST_S = 8.0
+"""The same where nothing is usual yet: a long prompt on a slow machine takes its time."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    given: int
+    done: int
+    since_s: float
+
+
+class Progress:
+    """What is known of one session's progress on each of its stages since something came through last."""
+
+    def __init__(self) -> None:
+        self._seen: dict[PeerId, _Seen] = {}
+
+    def clear(self) -> None:
+        """Something has come through."""
+        self._seen.clear()
+
+    def fault(
+        self, sent: int, route: Sequence[PeerId], there: Mapping[PeerId, There], usual_s: float, now_s: float
+    ) -> tuple[PeerId, BsnsError] | None:
+        """The first stage that is at fault, if one is by now. `sent`: tokens that the first has been sent.
+
+        `usual_s`: what a turn takes otherwise, 0 where that is not known.
+        """
+        still_s: dict[PeerId, float] = {}
+        for peer in route:
+            seen, now = self._seen.get(peer), there[peer]
+            if seen is None or (seen.given, seen.done) != (now.given, now.done):
+                seen = self._seen[peer] = _Seen(now.given, now.done, now_s)
+            still_s[peer] = now_s - seen.since_s
+        slow_s = max(SLOW_S, SLOW_FACTOR * usual_s) if usual_s > 0 else SLOW_AT_FIRST_S
+        before = sent
+        for peer in route:
+            now = there[peer]
+            if now.given < 0:
+                return peer, UnknownSession(f"node {peer} does not have the session any more")
+            if now.given < before and still_s[peer] >= LATE_S:
+                return peer, PeerTimedOut(f"node {peer} does not get what it is sent")
+            if now.done < now.given and still_s[peer] >= slow_s:
+                return peer, PeerSlow(f"node {peer} has computed nothing for {still_s[peer]:.1f} s")
+            before = now.done
+        if before >= sent and min(still_s.values()) >= LATE_S:
+            return route[-1], PeerTimedOut(f"node {route[-1]} has computed the step, but its answer does not come")
+        return None

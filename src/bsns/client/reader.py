@@ -1,0 +1,59 @@
+"""Readers: whoever waits for what a session brings, and how far its tokens have come on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+
+from bsns.client.decoder import Answer, Turned
+from bsns.client.fault import Progress
+from bsns.client.session import Session
+from bsns.core.errors import BsnsError
+from bsns.core.ids import PeerId
+
+
+class Reader:
+    """An answer's, which hears its turns, or without an answer a text's, which hears its steps' rows themselves."""
+
+    def __init__(self, session: Session, tokens: Sequence[int], answer: Answer | None = None) -> None:
+        self.session = session
+        self.tokens = tokens
+        """All of a text; of an answer those so far, as its decoder adds them."""
+        self.answer = answer
+        self.heard: asyncio.Queue[Turned | memoryview | BsnsError | None] = asyncio.Queue()
+        self.limit = 0 if answer is None else math.inf
+        """How many of the tokens may be sent by now."""
+        self.wanted = 1
+        """How many rows the last of them shall bring back."""
+        self.sent = 0
+        """How many tokens have been sent into the route as it is now."""
+        self.through = 0
+        """How many have come through all of it."""
+        self.feeding = asyncio.Lock()
+        self.lost: dict[PeerId, BsnsError] = {}
+        """Stages of the route that have failed and are not replaced yet, and how."""
+        self.former: set[PeerId] = set()
+        """Stages that were replaced; what they still say is late."""
+        self.early: dict[PeerId, BsnsError] = {}
+        """Stages that failed before they were part of the route."""
+        self.cause: BsnsError | None = None
+        """The first failure since something came through last."""
+        self.trouble: BsnsError | None = None
+        """Why nothing comes through still."""
+        self.setbacks = 0
+        """Repairs begun since something came through last."""
+        self.progress = Progress()
+        self.mending: asyncio.Task[None] | None = None
+
+    def came_through(self, end: int) -> None:
+        """So many tokens have come through all stages by now."""
+        self.through = end
+        self.cause = self.trouble = None
+        self.setbacks = 0
+        self.progress.clear()
+
+    @property
+    def goal(self) -> int:
+        """How many tokens are to come through."""
+        return int(min(self.limit, len(self.tokens)))

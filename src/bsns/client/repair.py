@@ -1,0 +1,161 @@
+"""Repair: a stage that is lost is replaced, and only its blocks are computed again (decision 0001)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Protocol
+
+import structlog
+
+from bsns.client.reader import Reader
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerFailed, PeerSlow, Remedy, SwarmError
+from bsns.core.ids import PeerId
+from bsns.routing.chain import Route
+
+log = structlog.get_logger(__name__)
+
+FindRoute = Callable[[int, Collection[PeerId], BlockRange | None], Awaitable[Route]]
+"""Chooses stages for a range (None: for all blocks) with room for so many tokens, avoiding these peers.
+
+Raises MissingBlocks, CacheFull."""
+Release = Callable[[Route], None]
+"""Told of chosen stages when their session has ended, could not be opened, or has lost them."""
+Blame = Callable[[PeerId, BsnsError], None]
+"""Told of every stage that failed, and how."""
+
+ATTEMPT_S = 3.0
+"""What a spare may take to open a session, and its neighbours to turn to it: then another is tried."""
+AGAIN_S = 0.1
+MOST_AGAIN_S = 2.0
+"""How long to wait before looking again, where nobody can take a lost stage's place: longer each time."""
+
+
+class Feed(Protocol):
+    """Sends what a reader's session has not been sent yet; `again`: everything, to a first stage that is new."""
+
+    async def __call__(self, reader: Reader, *, again: bool = False) -> None: ...
+
+
+class Repairs:
+    """Replaces the lost stages of a client's sessions."""
+
+    def __init__(self, find_route: FindRoute, release: Release, blame: Blame, feed: Feed) -> None:
+        self._find_route = find_route
+        self._release = release
+        self._blame = blame
+        self._feed = feed
+        self.made = 0
+        """How many stages have been replaced."""
+
+    def lose(self, reader: Reader, peer: PeerId | None, error: BsnsError) -> None:
+        """A stage has failed. The reader goes on once it is replaced, or hears of it where it cannot be."""
+        if (
+            peer is not None
+            and any(hop.peer == peer for hop in reader.session.route)
+            and error.remedy is not Remedy.TELL_USER
+        ):
+            self._blame(peer, error)
+            reader.lost.setdefault(peer, error)
+            if reader.mending is None:
+                reader.mending = asyncio.create_task(self._mend(reader))
+        elif peer in reader.former:
+            return
+        elif reader.mending is not None and peer is not None:
+            reader.early[peer] = error
+        else:
+            reader.heard.put_nowait(error)
+
+    async def _mend(self, reader: Reader) -> None:
+        """Until nothing is lost any more, or the reader, which has the deadline, gives up."""
+        reader.cause = cause = reader.cause or next(iter(reader.lost.values()))
+        lost = ", ".join(str(hop.blocks) for hop in reader.session.route if hop.peer in reader.lost)
+        reader.trouble = reader.trouble or MissingBlocks(
+            f"nobody has taken over blocks {lost} in time; it is needed because {cause.message}"
+        )
+        unfit = reader.lost.keys() | reader.former
+        try:
+            while reader.lost:
+                try:
+                    await self._replace(reader, unfit)
+                except (SwarmError, CacheFull) as error:
+                    if slow := [peer for peer, failure in reader.lost.items() if isinstance(failure, PeerSlow)]:
+                        for peer in slow:  # it is better than nobody
+                            del reader.lost[peer]
+                        continue
+                    reader.trouble = type(error)(f"{error.message}; it is needed because {cause.message}")
+                    unfit.clear()  # whoever was may be back
+                    await asyncio.sleep(min(MOST_AGAIN_S, AGAIN_S * 2**reader.setbacks))
+                    reader.setbacks += 1
+        except Exception as error:
+            log.exception("a repair failed")
+            reader.heard.put_nowait(PeerFailed(f"a stage was lost, and replacing it failed: {error!r}"))
+        finally:
+            reader.mending = None
+
+    async def _replace(self, reader: Reader, unfit: set[PeerId]) -> None:
+        """Replace the first stages that are lost, those that follow one another together. Raises what the search does;
+        who fails on the way becomes unfit, or is lost too."""
+        session = reader.session
+        start, end, hops = await self._find_hops(reader, unfit)
+        old = session.route[start:end]
+        staying = {hop.peer for hop in (*session.route[:start], *session.route[end:])}
+        blocks = BlockRange(old[0].blocks.start, old[-1].blocks.end)
+        try:
+            await session.replace(start, end, hops, passes_from=reader.through, deadline_s=ATTEMPT_S)
+        except BaseException as error:
+            self._release(hops)
+            if not isinstance(error, BsnsError):
+                raise
+            log.info("a spare could not take a lost stage's place", blocks=str(blocks), reason=error.message)
+            if error.peer is not None:
+                self._blame(error.peer, error)
+            if error.peer is not None and error.peer in staying:
+                reader.lost.setdefault(error.peer, error)
+            unfit.update({error.peer} if error.peer is not None else {hop.peer for hop in hops})
+            return
+        self._release(old)
+        for hop in old:
+            reader.lost.pop(hop.peer, None)
+        reader.former.update(hop.peer for hop in old)
+        reader.former.difference_update(hop.peer for hop in hops)
+        for hop in hops:
+            if hop.peer in reader.early:
+                reader.lost[hop.peer] = reader.early[hop.peer]
+        reader.early.clear()
+        self.made += 1
+        log.info("a lost stage was replaced", blocks=str(blocks), by=[hop.peer for hop in hops], again=reader.through)
+        if start == 0:
+            await self._feed(reader, again=True)
+
+    async def _find_hops(self, reader: Reader, unfit: set[PeerId]) -> tuple[int, int, Route]:
+        """Who takes the place of which stages. No node is on a route twice: where only a neighbour has the lost blocks,
+        its own are computed again as well. Raises what the search does."""
+        route = reader.session.route
+        start, end = _first_run([hop.peer in reader.lost for hop in route])
+        missing: BsnsError | None = None
+        for first, last in _wider(start, end, len(route)):
+            staying = {hop.peer for hop in (*route[:first], *route[last:])}
+            blocks = BlockRange(route[first].blocks.start, route[last - 1].blocks.end)
+            try:
+                return first, last, await self._find_route(reader.session.max_tokens, staying | unfit, blocks)
+            except (SwarmError, CacheFull) as error:
+                missing = missing or error
+        assert missing is not None
+        raise missing
+
+
+def _wider(start: int, end: int, stages: int) -> list[tuple[int, int]]:
+    """The stages [start, end), and with one or two neighbours."""
+    spans = [(start, end), (start, end + 1), (start - 1, end), (start - 1, end + 1)]
+    return [(first, last) for first, last in spans if first >= 0 and last <= stages]
+
+
+def _first_run(lost: Sequence[bool]) -> tuple[int, int]:
+    """The first stages in a row that are lost, half-open."""
+    start = lost.index(True)
+    end = start
+    while end < len(lost) and lost[end]:
+        end += 1
+    return start, end
