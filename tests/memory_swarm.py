@@ -77,6 +77,7 @@ class MemorySwarm:
         cache_tokens: int = 4096,
         context_tokens: int = 256,
         block_time_s: float = 1e-3,
+        kind: type[Worker] = Worker,
         **limits: Any,
     ) -> Node:
         """Start a worker and announce it."""
@@ -89,7 +90,7 @@ class MemorySwarm:
             context_tokens=context_tokens,
             **limits,
         )
-        worker = Worker(executor, sessions, transport.dial, block_time_s=1e-3, rss_bytes=lambda: 1)
+        worker = kind(executor, sessions, transport.dial, block_time_s=1e-3, rss_bytes=lambda: 1)
         await transport.listen(worker.serve)
         node = self.nodes[name] = Node(worker, transport)
         now_s = time.time()

@@ -113,6 +113,31 @@ def swarm(
     run(verb(), as_json=as_json)
 
 
+@app.command()
+def survive(
+    model: Annotated[str, typer.Argument(help="The model to measure with.")] = "smollm2-135m",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed draws the same failures.")] = 0,
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Answers over six real nodes that are killed, stopped, slowed and made to lie: gaps, and changes of tokens.
+
+    Example: bsns bench survive --quick
+    """
+
+    async def verb() -> None:
+        from bsns.bench.survive import bench_survive
+
+        with doing("starting", quiet=as_json) as update:
+            figures = await bench_survive(model, quick=quick, seed=seed, told=update)
+        if as_json:
+            emit(figures)
+        else:
+            out.print(_table(figures))
+
+    run(verb(), as_json=as_json)
+
+
 def _swarm_table(figures: dict[str, Any]) -> Table:
     view = Table("setting", "tokens/s of", "equal split", "planned", "gain predicted", "measured")
     for row in figures["settings"]:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import statistics
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,7 +115,8 @@ def up(
 
                 await converse(client, options)
             elif prompt is not None:
-                await answer(client, prompt, options, raw=raw, as_json=as_json, forecast=forecast)
+                answering = answer(client, prompt, options, raw=raw, as_json=as_json, forecast=forecast)
+                await _unless_lost(answering, swarm)
             else:
                 if as_json:
                     emit({"event": "serving", "invite": swarm.peer.invite} | forecast.as_dict())
@@ -126,6 +128,20 @@ def up(
                 raise await swarm.lost()
 
     run(verb(), as_json=as_json)
+
+
+async def _unless_lost(answering: Coroutine[Any, Any, None], swarm: LocalSwarm) -> None:
+    """See an answer through; where a node's process ends, nobody here takes over its blocks: say so at once."""
+    answered, lost = asyncio.create_task(answering), asyncio.create_task(swarm.lost())
+    try:
+        await asyncio.wait((answered, lost), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        answered.cancel()
+        lost.cancel()
+        await asyncio.gather(answered, lost, return_exceptions=True)
+    if answered.cancelled():
+        raise lost.result()
+    answered.result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from bsns.core.errors import (
     PeerLost,
     PeerTimedOut,
     PromptTooLong,
+    ProtocolError,
     SwarmError,
 )
 from bsns.core.ids import ModelId, PeerId, SessionId
@@ -111,7 +112,7 @@ class Generator:
         self._release = release
         self._blame = blame
         self._deadline_s = deadline_s
-        self._links = Links(dial, self._on_results, self._on_failure, self._on_lost)
+        self._links = Links(dial, self._on_results, self._on_told, self._on_lost)
         self._decoder = Decoder(
             ends, dtype=dtype, threads=threads, on_turned=self._on_turned, on_failed=self._on_decoder_failed
         )
@@ -122,6 +123,15 @@ class Generator:
     @property
     def links(self) -> Links:
         return self._links
+
+    @property
+    def repairs(self) -> int:
+        """How many times stages have been replaced."""
+        return self._repairs.made
+
+    def routes(self) -> list[list[PeerId]]:
+        """The stages of every session that is open now."""
+        return [[hop.peer for hop in reader.session.route] for reader in self._readers.values()]
 
     async def stream(
         self, tokens: Sequence[int], options: SamplingOptions, stats: Stats | None = None
@@ -364,6 +374,16 @@ class Generator:
         failure = error if isinstance(error, BsnsError) else PeerFailed(f"choosing a token failed: {error!r}")
         for answer in answers:
             self._on_failure(answer.session, failure)
+
+    def _on_told(self, teller: PeerId, session: SessionId, error: BsnsError) -> None:
+        """A stage says that a session cannot go on. One that is lost itself is believed no more, unless it says that
+        it was sent what makes no sense: then one of the two lies, and nobody can say which."""
+        reader = self._readers.get(session)
+        if reader is None:
+            return
+        doubtful = error.peer != teller and (teller in reader.lost or teller in reader.former)
+        if not doubtful or isinstance(error, ProtocolError):
+            self._repairs.lose(reader, error.peer, error)
 
     def _on_failure(self, session: SessionId, error: BsnsError) -> None:
         reader = self._readers.get(session)

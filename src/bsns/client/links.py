@@ -42,7 +42,8 @@ T = TypeVar("T")
 
 OnResults = Callable[[PeerId, list[tuple[Part, memoryview]]], None]
 """Takes a frame's results: for each part its rows' bytes."""
-OnFailure = Callable[[SessionId, BsnsError], None]
+OnFailure = Callable[[PeerId, SessionId, BsnsError], None]
+"""Takes who tells, of which session, what; the error says who is to blame."""
 OnLost = Callable[[PeerId, BsnsError], None]
 
 
@@ -175,7 +176,7 @@ class Link:
                 if opening is not None:
                     _fail(opening, error)
                 else:
-                    self._on_failure(message.session, error.about(self.peer))
+                    self._on_failure(self.peer, message.session, error.about(self.peer))
             case Opened():
                 _settle(self._opening.get(message.session), message.cache_tokens_left)
             case Rerouted():

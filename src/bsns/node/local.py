@@ -98,6 +98,13 @@ class LocalSwarm:
         how = _how(self._processes[number].returncode)
         return PeerFailed(f"node {number + 1} {how}; nobody holds blocks {self._ranges[number]} now")
 
+    async def restart(self, number: int) -> None:
+        """Start a node again whose process has ended or is to end now. Raises as entering the context does."""
+        await _stop(self._processes[number])
+        self._processes[number] = await self._spawn(number, self._ranges[number])
+        async with asyncio.timeout(START_DEADLINE_S):
+            await self._until_serving(number)
+
     async def close(self) -> None:
         """Ask every node to leave, and kill those that do not within `STOP_DEADLINE_S`."""
         await asyncio.gather(*(_stop(process) for process in self._processes))

@@ -38,6 +38,7 @@ from bsns.protocol.records import NodeRecord
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.swarm.records import with_links
 from bsns.worker.calibration import calibrate
+from bsns.worker.faults import FaultyWorker, worker_class
 from bsns.worker.service import Worker
 from bsns.worker.sessions import SessionTable
 from bsns.worker.throttle import ThrottledExecutor, throttled
@@ -129,7 +130,11 @@ class Server:
             cache_tokens=cache_tokens,
             context_tokens=source.context_tokens,
         )
-        worker = Worker(executor, sessions, peer.dial, block_time_s=calibration.block_time_s, rss_bytes=rss_bytes)
+        worker = worker_class()(
+            executor, sessions, peer.dial, block_time_s=calibration.block_time_s, rss_bytes=rss_bytes
+        )
+        if isinstance(worker, FaultyWorker):
+            worker.heed_signals()
         await peer.listen(worker.serve)
         server = cls(peer, source, worker, record)
         await server.publish()

@@ -140,6 +140,10 @@ class View:
         """A peer failed one of our sessions: others are chosen for a while."""
         self._grudges.blame(peer, error, time.monotonic())
 
+    def forgive(self) -> None:
+        """Pass nobody over any more."""
+        self._grudges = Grudges()
+
     def release(self, route: Route) -> None:
         """A session on a route that `route` gave has ended."""
         self._loads.remove([hop.peer for hop in route])

@@ -6,6 +6,7 @@ executor        the port: a batch in, activations out, the KV cache behind it
 torch_executor  the model library's own layers, on any device
 calibration     how fast a stage is, measured before it serves
 throttle        another executor on a slower machine, for emulated swarms
+faults          a worker that fails on demand, for tests and benchmarks of survival
 journal         what a session has sent on, for a replay (pure)
 relay           streams to the next stages
 service         the conversation with clients and neighbours

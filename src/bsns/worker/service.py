@@ -101,6 +101,8 @@ class Worker:
         except ProtocolError as error:
             log.warning("peer broke the protocol", peer=stream.peer, error=error.message)
             self._post(stream, Refusal(error.code, error.message))
+            for held in self.sessions.onward_from(stream.peer):  # its client has to know which of us it was
+                self._report(self._clients.get(held.client), held.id, error.about(stream.peer))
         finally:
             if self._clients.get(stream.peer) is stream:
                 del self._clients[stream.peer]

@@ -229,6 +229,10 @@ class SessionTable:
         """The sessions whose next stage is `peer`."""
         return [session for session in self._sessions.values() if session.next == peer]
 
+    def onward_from(self, peer: PeerId) -> list[Session]:
+        """The sessions whose previous stage is `peer`."""
+        return [session for session in self._sessions.values() if session.previous == peer]
+
     def expire(self, now_s: float) -> list[SessionId]:
         """Forget the sessions that nobody has stepped for `idle_s`."""
         stale = [session for session in self._sessions.values() if now_s - session.seen_s > self.idle_s]

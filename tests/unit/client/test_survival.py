@@ -18,6 +18,7 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import MissingBlocks
 from bsns.core.ids import PeerId
 from bsns.worker.batching import Batch
+from bsns.worker.faults import FaultyWorker
 from bsns.worker.torch_executor import TorchExecutor
 
 CUTS = (0, 2, 3, 5)
@@ -46,7 +47,7 @@ class Scene:
         executor = TorchExecutor(self.stages[int(name[1])], dtype="float32")
         slow = 1e-3 if name[0] == "a" else 1.0  # far beyond what pings may differ
         await self.swarm.add_node(
-            name, executor, block_count=CUTS[-1], context_tokens=context_tokens, block_time_s=slow
+            name, executor, block_count=CUTS[-1], context_tokens=context_tokens, block_time_s=slow, kind=FaultyWorker
         )
 
     def client(self, **options: float) -> Generator:
@@ -265,4 +266,20 @@ async def test_a_node_that_grows_slow_is_replaced_if_it_can_be(scene: Scene, wit
     assert tokens + await asyncio.wait_for(rest(stream), 20) == undisturbed
     assert stats.route[1].peer == ("b1" if with_spare else "a1")
     await until(lambda: not worker._busy)
+    await scene.freed()
+
+
+@pytest.mark.parametrize("lying", [("a0",), ("a1",), ("a2",), ("a0", "a1")])
+async def test_a_node_that_sends_what_cannot_be_read(scene: Scene, lying: Sequence[str]) -> None:
+    await scene.start(*ALL)
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    stats = Stats()
+    stream = scene.client().stream(prompt(9), GREEDY, stats)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    for name in lying:
+        worker = scene.swarm.nodes[name].worker
+        assert isinstance(worker, FaultyWorker)
+        worker.garbled = True
+    assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
+    assert not {hop.peer for hop in stats.route} & set(lying)
     await scene.freed()
