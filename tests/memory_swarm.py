@@ -141,10 +141,12 @@ class MemorySwarm:
 
         self.views.append(view)
 
-        async def find_route(needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None) -> Route:
+        async def find_route(
+            needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None, fresh: bool
+        ) -> Route:
             if route is not None and blocks is None:
                 return route
-            return await view.route(generator.links, needed_tokens, avoid, blocks)
+            return await view.route(generator.links, needed_tokens, avoid, blocks, fresh)
 
         find: FindRoute = find_route
         generator = Generator(

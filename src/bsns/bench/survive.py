@@ -1,7 +1,7 @@
 """`bsns bench survive`: answers over real processes that are killed, stopped, slowed down and made to lie.
 
-Six nodes of the model, four in a row and two spares that hold half of it each. In every cell a long answer is begun, the
-fault strikes after some tokens, and the answer is compared with the undisturbed one; the gap is the longest time
+Six nodes of the model, four in a row and two spares that hold half of it each. In every cell a long answer is begun,
+the fault strikes after some tokens, and the answer is compared with the undisturbed one; the gap is the longest time
 between two tokens. A node that was killed is started again before the next cell.
 
 The second part is the table of Petals' paper (Borzunov et al. 2023, arXiv 2312.08361): steps per second where each step

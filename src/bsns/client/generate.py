@@ -212,7 +212,7 @@ class Generator:
         refusal: BsnsError | None = None
         while True:
             try:
-                route = await self._find_route(max_tokens, avoid, None)
+                route = await self._find_route(max_tokens, avoid, None, bool(avoid))
             except (SwarmError, PeerError) as error:
                 raise refusal or error from None  # the refusal says more than that nobody is left
             session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)

@@ -16,8 +16,9 @@ from bsns.routing.chain import Route
 
 log = structlog.get_logger(__name__)
 
-FindRoute = Callable[[int, Collection[PeerId], BlockRange | None], Awaitable[Route]]
-"""Chooses stages for a range (None: for all blocks) with room for so many tokens, avoiding these peers.
+FindRoute = Callable[[int, Collection[PeerId], BlockRange | None, bool], Awaitable[Route]]
+"""Chooses stages for a range (None: for all blocks) with room for so many tokens, avoiding these peers; among those
+known already unless the last says that they are to be asked for again.
 
 Raises MissingBlocks, CacheFull."""
 Release = Callable[[Route], None]
@@ -134,15 +135,19 @@ class Repairs:
         its own are computed again as well. Raises what the search does."""
         route = reader.session.route
         start, end = _first_run([hop.peer in reader.lost for hop in route])
-        missing: BsnsError | None = None
-        for first, last in _wider(start, end, len(route)):
-            staying = {hop.peer for hop in (*route[:first], *route[last:])}
-            blocks = BlockRange(route[first].blocks.start, route[last - 1].blocks.end)
-            try:
-                return first, last, await self._find_route(reader.session.max_tokens, staying | unfit, blocks)
-            except (SwarmError, CacheFull) as error:
-                missing = missing or error
-        assert missing is not None
+        missing: BsnsError = MissingBlocks("")
+        # asking takes seconds where one of those that would answer is frozen
+        for fresh in (False, True):
+            for first, last in _wider(start, end, len(route)):
+                staying = {hop.peer for hop in (*route[:first], *route[last:])}
+                blocks = BlockRange(route[first].blocks.start, route[last - 1].blocks.end)
+                try:
+                    hops = await self._find_route(reader.session.max_tokens, staying | unfit, blocks, fresh)
+                except (SwarmError, CacheFull) as error:
+                    if (first, last) == (start, end):
+                        missing = error
+                else:
+                    return first, last, hops
         raise missing
 
 

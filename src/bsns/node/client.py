@@ -173,8 +173,10 @@ class Client:
         wish = replace(self._wish, hop_bytes=source.hidden_size * DTYPE_BYTES[dtype])
         self._view = view = View(self._peer.directory, source.model_id, dtype, source.block_count, wish=wish)
 
-        async def find_route(needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None) -> Route:
-            return await view.route(self.generator.links, needed_tokens, avoid, blocks)
+        async def find_route(
+            needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None, fresh: bool
+        ) -> Route:
+            return await view.route(self.generator.links, needed_tokens, avoid, blocks, fresh)
 
         self._generator = Generator(
             ends,

@@ -22,8 +22,8 @@ from bsns.swarm.directory import Directory
 from bsns.swarm.snapshot import snapshot
 
 RECORDS_FRESH_S = 2.0
-DETOUR_FRESH_S = 0.3
-"""What may not be old when nobody is known who could take a lost stage's place."""
+FRESH_S = 0.3
+"""What is younger is not asked for again, even where it did not do."""
 ROUND_TRIP_FRESH_S = 30.0
 
 
@@ -86,33 +86,31 @@ class View:
         return snapshot(self._records, time.time(), client)
 
     async def route(
-        self, links: Links, needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None = None
+        self,
+        links: Links,
+        needed_tokens: int,
+        avoid: Collection[PeerId],
+        blocks: BlockRange | None = None,
+        fresh: bool = False,
     ) -> Route:
         """The chain that serves the wish best, with room for a session. Raises MissingBlocks, CacheFull.
 
-        `blocks`: of a part only, in place of stages that were lost; without a word to anybody if what is known will do.
+        `fresh`: ask the directory again, for what is known is out of date. `blocks`: a chain over these only, in place
+        of stages that were lost; of nodes that are known already, unless `fresh`.
 
         The session counts as open on its nodes until `release` is told that it has ended, or was not opened.
         """
+        if fresh and time.monotonic() - self._read_s > FRESH_S:
+            self._read_s = -RECORDS_FRESH_S
         if blocks is not None:
-            return await self._detour(links, blocks, needed_tokens, avoid)
-        if avoid:
-            self._read_s = -RECORDS_FRESH_S  # somebody refused: what we know is out of date
+            if fresh or not self._records:
+                await self.records()
+            return self._best(blocks, needed_tokens, avoid)
         records = await self.records()
         if not records:
             raise MissingBlocks("no node of the swarm serves this model; start one with bsns serve MODEL --join INVITE")
         await self._measure(links, [record for record in records if record.peer not in avoid])
         return self._best(None, needed_tokens, avoid)
-
-    async def _detour(self, links: Links, blocks: BlockRange, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
-        try:
-            return self._best(blocks, needed_tokens, avoid)
-        except (MissingBlocks, CacheFull):
-            if time.monotonic() - self._read_s < DETOUR_FRESH_S:
-                raise
-            self._read_s = -RECORDS_FRESH_S
-            await self.records()
-            return self._best(blocks, needed_tokens, avoid)
 
     def _best(self, blocks: BlockRange | None, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
         """Without those that failed us lately, if there are others."""

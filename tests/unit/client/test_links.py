@@ -71,7 +71,7 @@ class Ears:
 
     def __init__(self) -> None:
         self.results: asyncio.Queue[tuple[PeerId, list[tuple[Part, memoryview]]]] = asyncio.Queue()
-        self.failures: asyncio.Queue[tuple[SessionId, BsnsError]] = asyncio.Queue()
+        self.failures: asyncio.Queue[tuple[PeerId, SessionId, BsnsError]] = asyncio.Queue()
         self.lost: asyncio.Queue[tuple[PeerId, BsnsError]] = asyncio.Queue()
 
     def links(self, transport: MemoryTransport) -> Links:
@@ -157,8 +157,8 @@ async def test_failures_of_running_sessions_are_told(scene: Scene) -> None:
     node = await scene.node("n")
     await (await scene.link("n")).open(opening(), DEADLINE_S)
     await node.streams[0].send(Failure(SessionId(1), "FromTheFuture", "what?"))
-    session, error = await scene.ears.failures.get()
-    assert (session, error.code, error.message) == (1, "PeerFailed", "FromTheFuture: what?")
+    teller, session, error = await scene.ears.failures.get()
+    assert (teller, session, error.code, error.message) == ("n", 1, "PeerFailed", "FromTheFuture: what?")
 
 
 async def test_silence_is_a_typed_error(scene: Scene) -> None:
