@@ -95,6 +95,7 @@ class Bench:
         gap_ms: dict[str, dict[str, float]] = {}
         exact: dict[str, dict[str, bool]] = {}
         freed: dict[str, dict[str, bool]] = {}
+        repairs: dict[str, dict[str, int]] = {}
         usual = await self._undisturbed(GREEDY), await self._undisturbed(SEEDED)
         for fault in SIGNALS:
             for place in PLACES:
@@ -108,10 +109,17 @@ class Bench:
                 gap_ms.setdefault(fault, {})[place] = round(1e3 * max(outcome.gap_s for outcome, _ in outcomes), 1)
                 exact.setdefault(fault, {})[place] = all(same for _, same in outcomes)
                 freed.setdefault(fault, {})[place] = clean
+                repairs.setdefault(fault, {})[place] = sum(outcome.repairs for outcome, _ in outcomes)
                 if problems := [outcome.error for outcome, _ in outcomes if outcome.error]:
                     told(f"{fault} {place}: {problems[0]}")
         usual_ms = 1e3 * statistics.median(outcome.gap_s for outcome in usual)
-        return {"gap_ms": gap_ms, "exact": exact, "freed": freed, "undisturbed_gap_ms": round(usual_ms, 1)}
+        return {
+            "gap_ms": gap_ms,
+            "exact": exact,
+            "freed": freed,
+            "repairs": repairs,
+            "undisturbed_gap_ms": round(usual_ms, 1),
+        }
 
     async def rates(self, quick: bool, seed: int, told: Told) -> dict[str, Any]:
         """Steps per second at several probabilities that a step fails."""
