@@ -43,7 +43,13 @@ FREED_S = 4.0
 DTYPE = "float32"
 """A replay computes in chunks what was computed token by token: in bfloat16 that rounds differently."""
 
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "slow": signal.SIGUSR1, "garbage": signal.SIGUSR2}
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "slow": signal.SIGUSR1,
+    "garbage": signal.SIGUSR2,
+    "leave": signal.SIGTERM,
+}
 UNDO = {"stop": signal.SIGCONT, "slow": signal.SIGUSR1, "garbage": signal.SIGUSR2}
 PLACES: dict[str, Callable[[int], list[int]]] = {
     "first": lambda stages: [0],

@@ -93,7 +93,7 @@ class _Signals:
         if self.first_s is None:
             self.first_s = now_s
             self._loop.call_soon_threadsafe(self._task.cancel)
-        elif signum == signal.SIGINT and now_s - self.first_s > IMPATIENT_S:
+        elif signum in (signal.SIGINT, signal.SIGTERM) and now_s - self.first_s > IMPATIENT_S:
             leave(EXIT_INTERRUPTED)
 
 

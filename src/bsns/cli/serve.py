@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +26,9 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.plan import Objective
 from bsns.swarm.election import LEASE_S
+
+if TYPE_CHECKING:
+    from bsns.node.server import Server
 
 
 def serve(
@@ -144,7 +147,7 @@ def serve(
                 except BaseException:
                     await see_through(peer.close())
                     raise
-                stack.push_async_callback(lambda: see_through(server.close()))
+                stack.push_async_callback(_leave, server, quiet=as_json)
             record = server.record
             if as_json:
                 emit(
@@ -173,3 +176,16 @@ def serve(
             raise await peer.transport.lost()
 
     run(verb(), as_json=as_json, leashed=leashed is not None)
+
+
+async def _leave(server: Server, *, quiet: bool) -> None:
+    """Hand over the sessions that run, unless a second signal comes; then go."""
+    sessions = len(server.worker.sessions)
+    try:
+        if sessions:
+            if not quiet:
+                text = f"leaving when {sessions} session{'s' * (sessions != 1)} went elsewhere; again to leave at once"
+                err.print(text, highlight=False)
+            await server.hand_over()
+    finally:
+        await see_through(server.close())

@@ -10,7 +10,7 @@ import structlog
 
 from bsns.client.reader import Reader
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerFailed, PeerSlow, Remedy, SwarmError
+from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerFailed, PeerLeaving, PeerSlow, Remedy, SwarmError
 from bsns.core.ids import PeerId
 from bsns.routing.chain import Route
 
@@ -81,8 +81,11 @@ class Repairs:
                 try:
                     await self._replace(reader, unfit)
                 except (SwarmError, CacheFull) as error:
-                    if slow := [peer for peer, failure in reader.lost.items() if isinstance(failure, PeerSlow)]:
-                        for peer in slow:  # it is better than nobody
+                    still_there = [
+                        peer for peer, how in reader.lost.items() if isinstance(how, (PeerSlow, PeerLeaving))
+                    ]
+                    if still_there:
+                        for peer in still_there:  # it is better than nobody
                             del reader.lost[peer]
                         continue
                     reader.trouble = type(error)(f"{error.message}; it is needed because {cause.message}")

@@ -72,7 +72,9 @@ class Session:
         answer, blaming them; the route is as it was then.
         """
         route = (*self.route[:start], *hops, *self.route[end:])
-        self._take_back(self._open[start:end])  # one that is still there may take its own place
+        old = self._open[start:end]
+        taking = {hop.peer for hop in hops}
+        self._take_back([link for link in old if link.peer in taking])  # it begins again
         self._asked = []
         last = start + len(hops) - 1
         try:
@@ -88,6 +90,7 @@ class Session:
             self._take_back(self._asked)
             raise
         self.route, self._open = route, links
+        self._take_back([link for link in old if link.peer not in taking])
 
     async def _reroute(self, link: Link, route: Route, index: int, again: bool, deadline_s: float) -> None:
         before, after = _neighbours(route, index)

@@ -10,7 +10,7 @@ BsnsError
 ├── SwarmError          wait or add nodes  the swarm cannot serve this now
 │   ├── MissingBlocks · NoSuchSwarm
 ├── PeerError           try another peer   this peer cannot serve this now
-│   ├── PeerUnreachable · PeerLost · PeerTimedOut · PeerSlow
+│   ├── PeerUnreachable · PeerLost · PeerTimedOut · PeerSlow · PeerLeaving
 │   └── CacheFull · NotHere · PeerFailed
 ├── SessionError        reopen and replay  the stage no longer has this session's state
 │   ├── UnknownSession · PositionGap
@@ -151,6 +151,10 @@ class PeerTimedOut(PeerError):
 
 class PeerSlow(PeerError):
     """The peer answers, but computes far more slowly than it did."""
+
+
+class PeerLeaving(PeerError):
+    """The peer is about to leave, and serves its sessions only until they have gone elsewhere."""
 
 
 class CacheFull(PeerError):

@@ -50,6 +50,8 @@ log = structlog.get_logger(__name__)
 
 ANNOUNCE_S = 30.0
 RECORD_LIFETIME_S = 75.0
+HAND_OVER_S = 10.0
+"""How long a node that leaves serves the sessions it has still."""
 LOOK_S = 2.0
 """How often a node looks whether its record is so out of date that others would choose wrongly."""
 
@@ -167,18 +169,33 @@ class Server:
         self.record = msgspec.structs.replace(self.record, draw=draw)
         self._changed.set()
 
+    async def hand_over(self, deadline_s: float = HAND_OVER_S) -> None:
+        """Say goodbye, and serve the sessions there are until their clients have led them elsewhere."""
+        await self._say_goodbye()
+        self.worker.leave()
+        give_up_s = time.monotonic() + deadline_s
+        while len(self.worker.sessions) and time.monotonic() < give_up_s:  # noqa: ASYNC110  the table tells nobody
+            await asyncio.sleep(0.05)
+
     async def close(self) -> None:
         """Say goodbye, stop serving, and leave the network."""
-        for task in self._tasks:
+        await self._say_goodbye()
+        await self.worker.close()
+        await self.peer.close()
+
+    async def _say_goodbye(self) -> None:
+        """Once."""
+        tasks, self._tasks = self._tasks, []
+        if not tasks:
+            return
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(3.0):
                 await self.peer.directory.withdraw(self.record)
         except (BsnsError, TimeoutError) as error:
             log.info("goodbye was not heard; the record will expire", reason=str(error))
-        await self.worker.close()
-        await self.peer.close()
 
     async def _announce(self) -> None:
         published_s = time.monotonic()

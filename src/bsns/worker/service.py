@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLost, ProtocolError
+from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLeaving, PeerLost, ProtocolError
 from bsns.core.ids import PeerId, SessionId
 from bsns.core.plan import ROWS_PER_BLOCK_TIME
 from bsns.protocol.frames import Message
@@ -140,6 +140,14 @@ class Worker:
             return False
         del self._executors[blocks]
         return True
+
+    def leave(self) -> None:
+        """Take no new sessions, and tell the clients of those there are that they have to go elsewhere."""
+        for blocks in self.sessions.ranges:
+            self.sessions.drain(blocks)
+        error = PeerLeaving("this node is about to leave")
+        for session in self.sessions.all():
+            self._report(self._clients.get(session.client), session.id, error)
 
     def busy(self) -> bool:
         """Whether it computes, or did within the last second: a stage between two steps of a stream is not idle."""

@@ -128,6 +128,10 @@ class SessionTable:
     def get(self, session: SessionId) -> Session | None:
         return self._sessions.get(session)
 
+    def all(self) -> list[Session]:
+        """Every open session."""
+        return list(self._sessions.values())
+
     def open(self, message: Open, client: PeerId, now_s: float) -> Session:
         """Admit a session. Raises NotHere, CacheFull or BadFrame; the table is unchanged then."""
         if message.session in self._sessions:

@@ -283,3 +283,29 @@ async def test_a_node_that_sends_what_cannot_be_read(scene: Scene, lying: Sequen
     assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
     assert not {hop.peer for hop in stats.route} & set(lying)
     await scene.freed()
+
+
+@pytest.mark.parametrize("leaving", [("a0",), ("a1",), ("a2",), ("a0", "a1")])
+async def test_a_node_that_leaves_hands_its_sessions_over(scene: Scene, leaving: Sequence[str]) -> None:
+    await scene.start(*ALL)
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    stats = Stats()
+    stream = scene.client().stream(prompt(9), GREEDY, stats)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    workers = [scene.swarm.nodes[name].worker for name in leaving]
+    for worker in workers:
+        worker.leave()
+    await until(lambda: not any(len(worker.sessions) for worker in workers))
+    assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
+    assert not {hop.peer for hop in stats.route} & set(leaving)
+    await scene.freed()
+
+
+async def test_a_node_that_leaves_serves_on_where_nobody_can_take_over(scene: Scene) -> None:
+    await scene.start()
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    stream = scene.client().stream(prompt(9), GREEDY)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    scene.swarm.nodes["a1"].worker.leave()
+    assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
+    await scene.freed()
