@@ -47,6 +47,8 @@ T = TypeVar("T")
 PATIENCE_S = 0.5
 """A step that takes longer than this, and than usual, makes the client ask its stages whether they are there."""
 USUAL_FACTOR = 4
+OWN_NETWORK_S = 4.0
+"""For so long our own network is to blame where no stage of a session answers."""
 PING_S = 0.75
 """Who does not answer such a question in this time is lost."""
 
@@ -296,21 +298,44 @@ class Generator:
         session, sent = reader.session, reader.sent
         route = [link.peer for link in session.links]
         answers = await asyncio.gather(*(self._ask(session.id, link) for link in session.links))
-        there = {answer[0]: answer[1] for answer in zip(route, answers, strict=True) if answer[1] is not None}
-        if len(there) < len(route) or reader.mending is not None or reader.through >= sent:
+        there = {peer: answer for peer, answer in zip(route, answers, strict=True) if isinstance(answer, There)}
+        if reader.mending is not None or reader.through >= sent or await self._is_own_network(reader, len(there)):
+            return
+        silent: dict[Link, BsnsError] = {
+            link: PeerTimedOut(f"node {link.peer} fell silent: {answer.message}").about(link.peer)
+            for link, answer in zip(session.links, answers, strict=True)
+            if isinstance(answer, BsnsError)
+        }
+        if silent:
+            for link, error in silent.items():  # all at once, so that they are replaced together
+                self._repairs.lose(reader, link.peer, error)
+            await asyncio.gather(*(link.give_up(error) for link, error in silent.items()))
             return
         found = reader.progress.fault(sent, route, there, _usual_s(reader), time.monotonic())
         if found is not None:
             peer, error = found
             self._repairs.lose(reader, peer, error.about(peer))
 
-    async def _ask(self, session: SessionId, link: Link) -> There | None:
-        """How far a session has come on a stage; a stage that does not say is given up."""
+    async def _ask(self, session: SessionId, link: Link) -> There | BsnsError:
+        """How far a session has come on a stage, or why it does not say."""
         try:
             return await link.where(session, PING_S)
         except BsnsError as error:
-            await link.give_up(PeerTimedOut(f"node {link.peer} fell silent: {error.message}").about(link.peer))
-            return None
+            return error
+
+    async def _is_own_network(self, reader: Reader, answering: int) -> bool:
+        """Whether all stages are silent, and so is everybody else we know: our own network is suspected for a while, during
+        which the stages keep the session."""
+        others = self._links.others({hop.peer for hop in reader.session.route})
+        if answering or (len(reader.session.route) == 1 and not others):
+            reader.deaf_since_s = None
+            return False
+        heard = await asyncio.gather(*(link.ping(PING_S) for link in others), return_exceptions=True)
+        now_s = time.monotonic()
+        reader.deaf_since_s = reader.deaf_since_s or now_s
+        return all(isinstance(answer, BaseException) for answer in heard) and (
+            now_s - reader.deaf_since_s < OWN_NETWORK_S
+        )
 
     def _step(self, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> tuple[Step, list[memoryview]]:
         parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)

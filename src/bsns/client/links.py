@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -257,6 +257,10 @@ class Links:
                 stream = await self._dial(peer, addresses)
                 link = self._links[peer] = Link(stream, self._on_results, self._on_failure, self._on_lost)
             return link
+
+    def others(self, peers: Collection[PeerId]) -> list[Link]:
+        """The links there are to anybody but these."""
+        return [link for peer, link in self._links.items() if peer not in peers and link.lost is None]
 
     async def drop(self, peer: PeerId) -> None:
         """Close the link to a peer, if there is one."""

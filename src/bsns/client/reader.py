@@ -44,6 +44,8 @@ class Reader:
         self.setbacks = 0
         """Repairs begun since something came through last."""
         self.progress = Progress()
+        self.deaf_since_s: float | None = None
+        """Since when no stage has answered."""
         self.mending: asyncio.Task[None] | None = None
 
     def came_through(self, end: int) -> None:

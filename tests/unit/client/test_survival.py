@@ -211,7 +211,7 @@ async def test_with_no_spare_in_time_the_error_names_the_blocks(scene: Scene) ->
     await scene.freed()
 
 
-@pytest.mark.parametrize("frozen", [("a0",), ("a1",), ("a2",), ("a0", "a2")])
+@pytest.mark.parametrize("frozen", [("a0",), ("a1",), ("a2",), ("a0", "a2"), ("a0", "a1", "a2")])
 async def test_a_frozen_node_is_found_by_its_silence(scene: Scene, frozen: Sequence[str]) -> None:
     await scene.start(*ALL)
     undisturbed = await answer(scene.client(), prompt(9), GREEDY)
@@ -308,4 +308,23 @@ async def test_a_node_that_leaves_serves_on_where_nobody_can_take_over(scene: Sc
     tokens = [(await anext(stream)).token for _ in range(10)]
     scene.swarm.nodes["a1"].worker.leave()
     assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
+    await scene.freed()
+
+
+async def test_a_client_whose_own_network_is_gone_for_a_while_goes_on_where_it_was(scene: Scene) -> None:
+    await scene.start(*ALL)
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    client = scene.client()
+    stats = Stats()
+    stream = client.stream(prompt(9), GREEDY, stats)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    (own,) = [transport.peer for generator, transport in scene.swarm.clients if generator is client]
+    scene.swarm.network.freeze(own)
+    waiting = asyncio.create_task(rest(stream))
+    await asyncio.sleep(2.5)
+    assert not waiting.done()
+    scene.swarm.network.sound(own)
+    assert tokens + await asyncio.wait_for(waiting, 10) == undisturbed
+    assert [hop.peer for hop in stats.route] == ["a0", "a1", "a2"]
+    assert client.repairs == 0
     await scene.freed()
