@@ -14,6 +14,7 @@ import typer
 from bsns.cli.console import Dtype, JsonFlag, Say, chosen_invite, doing, emit, err, parse_seconds, run
 from bsns.cli.files import is_shape_file, read_file, read_shape, write_file
 from bsns.cli.plan_table import as_dict, show
+from bsns.cli.routing_options import WEIGHTS_HELP
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.plan import LEAST_CACHE_TOKENS, Objective, Plan
 from bsns.core.snapshot import ModelShape, Snapshot
@@ -55,9 +56,7 @@ def plan(
     ] = "throughput",
     weights: Annotated[
         str | None,
-        typer.Option(
-            "--weights", metavar="TEXT", help="Choose node by node by your own weights, e.g. latency=1,price=2."
-        ),
+        typer.Option("--weights", metavar="TEXT", help=WEIGHTS_HELP),
     ] = None,
     deadline: Annotated[str, typer.Option("--deadline", metavar="TIME", help="How long to search.")] = "2s",
     schemas: Annotated[
@@ -93,6 +92,8 @@ def plan(
         invite = chosen_invite(context, join, instead=snapshot is not None)
         if (invite is None) == (snapshot is None):
             raise BadOption("give either --join INVITE for a running swarm or --snapshot FILE")
+        if weights is not None and schemas is not None:
+            raise BadOption("give either --weights or --schemas: the plans of schemas are made for an objective alone")
         wanted, deadline_s = Objective.named(objective), parse_seconds(deadline)
         with doing("loading libraries", quiet=as_json) as say:
             present: Present | None = None
@@ -164,10 +165,19 @@ def _make(seen: Snapshot, shape: ModelShape, asked: _Asked, remaining_s: Callabl
     from bsns.planning.selection import Weights
 
     objective, cache_tokens, client_s = asked.objective, asked.cache_tokens, asked.client_s
+    rng = np.random.default_rng(asked.seed)
     if asked.weights is not None:
         weights = Weights.parse(asked.weights)
-        return plan_by_weights(seen, shape, weights, objective=objective, cache_tokens=cache_tokens, client_s=client_s)
-    rng = np.random.default_rng(asked.seed)
+        return plan_by_weights(
+            seen,
+            shape,
+            weights,
+            objective=objective,
+            cache_tokens=cache_tokens,
+            client_s=client_s,
+            rng=rng,
+            remaining_s=remaining_s,
+        )
     warm, how = _from_schemas(seen, shape, asked, rng, lambda: remaining_s() / 2)
     made = make_plan(
         seen,

@@ -6,6 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
+WEIGHTS_HELP = (
+    "Choose nodes by weights instead: fast, cheap, trusted or attested-only, and what differs from it, such "
+    "as cheap,latency=2. Weights: work, latency, memory, reputation, price, lookahead."
+)
 Objective = Annotated[
     Literal["latency", "throughput"],
     typer.Option("--objective", help="What routes are chosen for: one token's time, or that of the slowest stage."),
@@ -15,7 +19,6 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         metavar="TEXT",
-        help="Choose nodes by weights instead: fast, cheap, trusted or attested-only, and what differs from it, such "
-        "as cheap,latency=2. Weights: work, latency, memory, reputation, price, lookahead.",
+        help=WEIGHTS_HELP,
     ),
 ]

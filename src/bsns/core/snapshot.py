@@ -19,6 +19,7 @@ MAX_TIME_S = 1e6
 LEAST_BLOCK_TIME_S = 1e-9
 LEAST_BYTES_PER_S = 1.0
 """Figures beyond these are no measurements; sums and quotients of what lies within are finite."""
+MAX_PRICE = 1e12
 MAX_SIZE = 2.0**60
 MAX_BLOCKS = 10_000
 
@@ -62,6 +63,7 @@ class NodeView:
     price: float = 0.0
     """Per token and block, in the swarm's own unit."""
     reputation: float = 1.0
+    """0 to 1, which is the best."""
     attested: bool = False
 
 
@@ -207,9 +209,10 @@ def check_node(node: NodeView) -> None:
         "prefill_time_s": (node.prefill_time_s, MAX_TIME_S),
         "memory_bytes": (node.memory_bytes, MAX_SIZE),
         "cache_tokens": (node.cache_tokens, MAX_SIZE),
+        "cache_tokens_left": (node.cache_tokens_left, node.cache_tokens),
         "uptime_s": (node.uptime_s, math.inf),
-        "price": (node.price, math.inf),
-        "reputation": (node.reputation, math.inf),
+        "price": (node.price, MAX_PRICE),
+        "reputation": (node.reputation, 1.0),
     }
     for name, (value, most) in figures.items():
         if not (0 <= value <= most):  # NaN compares false

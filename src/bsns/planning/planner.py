@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import MissingBlocks, NotEnoughMemory
-from bsns.core.plan import LEAST_CACHE_TOKENS, ONE_NODE, Alternative, Objective, Plan, PlannedStage
+from bsns.core.plan import LEAST_CACHE_TOKENS, ONE_NODE, Alternative, LeftOut, Objective, Plan, PlannedStage
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
 from bsns.planning.chain_dp import best_cut, nearest_order
@@ -22,17 +22,20 @@ from bsns.planning.device_order import search_orders
 from bsns.planning.exact import solve_exactly
 from bsns.planning.network import Network
 from bsns.planning.problem import Chain, ChainProblem, Stage
-from bsns.planning.reasons import check_room, left_out, no_chain_fits
+from bsns.planning.reasons import check_room, holds_all, left_out, left_out_by_weights, no_chain_fits
 from bsns.planning.replicas import Shared, evaluate, share_out, teams_of, without_stragglers
 from bsns.planning.rival_rules import RULES
-from bsns.planning.scale import candidates
-from bsns.planning.selection import Traits, Weights, select
+from bsns.planning.scale import DENSE_NODES, candidates
+from bsns.planning.selection import Traits, Weighed, Weights, fitting_reach, select
 from bsns.planning.sharing import refine
+from bsns.planning.walks import MAX_CASES, Bools, Cost, cheapest_chain
 
 Clock = Callable[[], float]
 """How many seconds are left."""
 
 THROUGHPUT = Objective()
+LATENCY = Objective(0.0, 1.0)
+BEST_FOUND = "the best found in time, not proven to be the cheapest by them"
 ENGINES = ("rules", "brkga", "exact")
 PROVEN_GAP = 1e-6
 MIXTURE_SLACK = 1e-3
@@ -189,7 +192,8 @@ def make_plan(
             method += " + replicas"
     bound_s = plan_bound(network, problem, objective, solved, replicas=sharing)
     alternatives = (*_alternatives(problem, solved.rules), _one_node(network))
-    return _plan(network, shape, objective, shared, method, bound_s, alternatives, replicas=sharing)
+    reasons = left_out(network, shared, objective, replicas=sharing)
+    return _plan(network, shape, objective, shared, method, bound_s, alternatives, reasons)
 
 
 def plan_by_weights(
@@ -200,26 +204,104 @@ def plan_by_weights(
     objective: Objective = THROUGHPUT,
     cache_tokens: int = LEAST_CACHE_TOKENS,
     client_s: float = 0.0,
+    rng: np.random.Generator,
+    remaining_s: Clock,
 ) -> Plan:
-    """The chain that a user's own weights pick, node by node (planning.selection); its gap is that of `objective`.
+    """The chain that a user's own weights choose (planning.selection); its gap is that of `objective`.
 
-    Raises BadSnapshot, NotEnoughMemory, and MissingBlocks where what the weights allow does not hold the model.
+    With `lookahead` 1 it is the cheapest by them, or the best found in time; else nodes are picked one by one, and the
+    cheapest is taken where that comes to a dead end. `method` says which, and whether it is proven. Raises BadSnapshot,
+    NotEnoughMemory, and MissingBlocks where what the weights allow does not hold the model.
     """
     network = Network.of(snapshot, shape, cache_tokens=cache_tokens, client_s=client_s)
     check_room(network, shape, cache_tokens)
-    nodes = candidates(network)
-    problem = network.problem(nodes)
-    chain = select(problem, weights, traits=Traits.of([snapshot.nodes[node] for node in nodes]))
-    if chain is None:
+    few = candidates(network)
+    allowed = np.flatnonzero([node.attested or not weights.attested_only for node in snapshot.nodes])
+    if not holds_all(network, allowed):
         raise MissingBlocks("the nodes that these weights allow do not hold the model together; allow more of them")
-    rivals = {name: rule(problem) for name, rule in RULES.items()}
-    value = problem.value(chain, objective)
+    nodes = allowed if len(allowed) <= DENSE_NODES else np.intersect1d(allowed, few)
+    problem = network.problem(nodes)
+    traits = Traits.of([snapshot.nodes[node] for node in nodes])
+    found = _chosen(problem, weights, traits, rng=rng, remaining_s=remaining_s)
+    if found is None:
+        raise no_chain_fits(network, shape, cache_tokens)
+    rivals_problem = network.problem(few)
+    rivals = {name: rule(rivals_problem) for name, rule in RULES.items()}
     bound_s = lower_bound(problem, objective)
-    solved = Solved(chain, *problem.cost(chain), value, bound_s, value / bound_s - 1, "weights", False)
+    if objective.bottleneck == 0 and weights.only_latency:  # what bounds the cost bounds the latency
+        bound_s = max(bound_s, objective.latency * (found.bound / weights.latency + client_s))
+    value = problem.value(found.chain, objective)
+    solved = Solved(found.chain, *problem.cost(found.chain), value, bound_s, value / bound_s - 1, "weights", False)
     bound_s = plan_bound(network, problem, objective, solved, replicas=False)
-    alternatives = (*_alternatives(problem, rivals), _one_node(network))
-    shared = evaluate(network, teams_of(chain, nodes))
-    return _plan(network, shape, objective, shared, "your own weights", bound_s, alternatives, replicas=False)
+    looked_at = "" if len(nodes) == len(allowed) else f" of the {len(nodes)} nodes looked at"
+    how = f"no chain{looked_at} is cheaper by them" if found.proven else found.how
+    alternatives = (*_alternatives(rivals_problem, rivals), _one_node(network))
+    shared = evaluate(network, teams_of(found.chain, nodes))
+    reasons = left_out_by_weights(network, shared, allowed=allowed, looked_at=nodes)
+    method = f"your own weights ({how})" if how else "your own weights"
+    return _plan(network, shape, objective, shared, method, bound_s, alternatives, reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A chain chosen by weights, and what no chain's cost by them falls below, in seconds."""
+
+    chain: Chain
+    bound: float = 0.0
+    proven: bool = False
+    how: str = ""
+
+
+def _chosen(
+    problem: ChainProblem, weights: Weights, traits: Traits, *, rng: np.random.Generator, remaining_s: Clock
+) -> _Chosen | None:
+    """The chain that weights choose, or None if none was found."""
+    if weights.lookahead == 1:
+        return _cheapest(problem, weights, traits, rng=rng, remaining_s=remaining_s)
+    picked = select(problem, weights, traits=traits)
+    if picked is not None:
+        return _Chosen(picked)
+    found = _cheapest(problem, weights, traits, rng=rng, remaining_s=remaining_s)
+    how = "picked one by one, the nodes came to a dead end, so the cheapest chain by them was looked for"
+    return found and replace(found, bound=0.0, proven=False, how=how)
+
+
+def _cheapest(
+    problem: ChainProblem, weights: Weights, traits: Traits, *, rng: np.random.Generator, remaining_s: Clock
+) -> _Chosen | None:
+    """The chain of least cost by weights that is found in time, or None if none is.
+
+    A walk gains by coming back to a fast node, for its memory counts anew each time: where memory is short, splitting
+    walks settles little. So what they leave open, the engines of `solve_chain` look into, with costs for times.
+    """
+    weighed = Weighed.of(problem, weights, traits.beside_the_best())
+    rough, _ = weighed.as_times(problem, weighed.most)
+    starts = [*(rule(problem) for rule in RULES.values()), best_cut_nearest(rough, LATENCY)]
+    known = min((chain for chain in starts if chain and problem.fits(chain)), key=weighed.cost, default=None)
+    most = weighed.most if known is None else 2 * weighed.cost(known)
+    ways = weighed.clipped(most).ways(fitting_reach(problem))
+    cases = 0
+
+    def solve(allowed_NL: Bools, _least: Cost | None, _most: Cost | None) -> tuple[Cost, Chain] | None:
+        nonlocal cases
+        cases += 1
+        return ways.table(allowed_NL).best() if cases <= MAX_CASES and remaining_s() > 0 else None
+
+    walked = cheapest_chain(ways, solve=solve, known=known)
+    best = walked[1] if walked and problem.fits(walked[1]) else known
+    settled = cases <= MAX_CASES and remaining_s() > 0
+    if best is not None and (settled or weighed.cost(best) == 0):
+        return _Chosen(best, weighed.cost(best), proven=True)
+    times, exact = weighed.as_times(problem, most)
+    warm = [] if best is None else [best]
+    try:  # without the genetic search: for sums of costs the exact solver is sooner done without its hint
+        solved = solve_chain(times, LATENCY, rng=rng, remaining_s=remaining_s, warm=warm, engines=("rules", "exact"))
+    except NotEnoughMemory:
+        return None
+    best = min([*warm, solved.chain], key=weighed.cost)
+    if exact and known is not None:
+        return _Chosen(best, solved.lower_bound_s, solved.proven, "" if solved.proven else BEST_FOUND)
+    return _Chosen(best, how=BEST_FOUND)
 
 
 def _plan(
@@ -230,8 +312,7 @@ def _plan(
     method: str,
     bound_s: float,
     alternatives: tuple[Alternative, ...],
-    *,
-    replicas: bool,
+    reasons: tuple[LeftOut, ...],
 ) -> Plan:
     value = shared.value(objective)
     bound_s = min(bound_s, value)
@@ -241,7 +322,7 @@ def _plan(
         block_count=shape.block_count,
         objective=objective,
         stages=_stages(network, shared),
-        left_out=left_out(network, shared, objective, replicas=replicas),
+        left_out=reasons,
         bottleneck_s=shared.bottleneck_s,
         latency_s=shared.latency_s,
         lower_bound_s=bound_s,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from bsns.core.errors import NotEnoughMemory
 from bsns.core.plan import LeftOut, Objective
 from bsns.core.snapshot import ModelShape
 from bsns.planning.bounds import most_work
-from bsns.planning.network import Network
+from bsns.planning.network import Ints, Network
 from bsns.planning.problem import Floats
 from bsns.planning.replicas import Shared
 
@@ -31,7 +33,7 @@ def left_out(network: Network, shared: Shared, objective: Objective, *, replicas
     for node in outside:
         room, alone_s, way_s = float(network.memory_N[node]), float(block_N[node]), float(way_N[node])
         if room < smallest:
-            reason = f"no room for one block: it may use {_size(room)}, a block with its cache takes {_size(smallest)}"
+            reason = _no_block_fits(room, smallest)
         elif replicas and room < least_range:
             reason = f"no stage's range fits: it may use {_size(room)}, the smallest takes {_size(least_range)}"
         elif replicas:
@@ -54,21 +56,57 @@ def left_out(network: Network, shared: Shared, objective: Objective, *, replicas
     return tuple(reasons)
 
 
+def left_out_by_weights(
+    network: Network, shared: Shared, *, allowed: Collection[int], looked_at: Collection[int]
+) -> tuple[LeftOut, ...]:
+    """As `left_out`, under a plan by a user's own weights: `allowed` nodes may take part, `looked_at` those that could.
+
+    No reason speaks of speed: what a node would cost depends on the weights.
+    """
+    inside = {node for team in shared.teams for node in team.nodes}
+    may, seen = set(allowed), set(looked_at)
+    smallest = float(network.bytes_L.min())
+    reasons: list[LeftOut] = []
+    for node in range(network.node_count):
+        room = float(network.memory_N[node])
+        if node in inside:
+            continue
+        if node not in may:
+            reason = "it is not attested, which your weights ask for"
+        elif room < smallest:
+            reason = _no_block_fits(room, smallest)
+        elif node not in seen:
+            reason = f"not among the {len(seen)} nodes that were looked at"
+        else:
+            reason = "your weights prefer others"
+        reasons.append(LeftOut(network.peers[node], reason))
+    return tuple(reasons)
+
+
+def holds_all(network: Network, nodes: Ints) -> bool:
+    """Whether these nodes' memory holds all blocks, were they to fall as they fit best."""
+    return _blocks_that_fit(network.bytes_L, network.memory_N[nodes]) >= len(network.bytes_L)
+
+
 def check_room(network: Network, shape: ModelShape, cache_tokens: int) -> None:
     """Raises NotEnoughMemory where nodes cannot hold all blocks between them, however they are cut."""
-    fitting = _blocks_that_fit(network, network.bytes_L)
+    fitting = _blocks_that_fit(network.bytes_L, network.memory_N)
     if fitting < len(network.bytes_L):
         raise NotEnoughMemory(_shortage(network, shape, cache_tokens, fitting))
 
 
 def no_chain_fits(network: Network, shape: ModelShape, cache_tokens: int) -> NotEnoughMemory:
     """For a model that would fit but for how its unequal blocks fall."""
-    fitting = _blocks_that_fit(network, network.bytes_L)
+    fitting = _blocks_that_fit(network.bytes_L, network.memory_N)
     return NotEnoughMemory(_shortage(network, shape, cache_tokens, fitting))
 
 
-def _blocks_that_fit(network: Network, bytes_L: Floats) -> int:
-    return int(most_work(np.ones(len(bytes_L)), bytes_L, network.memory_N).sum())
+def _no_block_fits(room: float, smallest: float) -> str:
+    return f"no room for one block: it may use {_size(room)}, a block with its cache takes {_size(smallest)}"
+
+
+def _blocks_that_fit(bytes_L: Floats, memory_N: Floats) -> int:
+    return int(most_work(np.ones(len(bytes_L)), bytes_L, memory_N).sum())
 
 
 def _shortage(network: Network, shape: ModelShape, cache_tokens: int, fitting: int) -> str:
@@ -98,9 +136,9 @@ def _remedy(network: Network, shape: ModelShape, cache_tokens: int) -> str:
         if bits is None or WEIGHT_BITS[dtype] >= bits:
             continue
         bytes_L = weights_L * WEIGHT_BITS[dtype] / bits + shape.kv_bytes_per_token_per_block * cache_tokens
-        if _blocks_that_fit(network, bytes_L) >= shape.block_count:
+        if _blocks_that_fit(bytes_L, network.memory_N) >= shape.block_count:
             return f"in {dtype} it would fit ({_size(float(bytes_L.sum()))})"
-    if cache_tokens and _blocks_that_fit(network, weights_L) >= shape.block_count:
+    if cache_tokens and _blocks_that_fit(weights_L, network.memory_N) >= shape.block_count:
         return "it would fit with fewer cache tokens"
     return "it would not fit in int4 either; add nodes" if bits else "add nodes"
 

@@ -4,8 +4,11 @@ n_i = argmin over feasible n of H(n | n_1 … n_{i−1}), in seconds, where n co
 H = work · its work / speed + latency · way in + memory · pressure + reputation · (1 − reputation) + price · price
   + lookahead · cheapest completion of what remains.
 
-The completion is weighed by the same terms. So with `lookahead` 1 the chain is the cheapest by these weights, and with
-those of `fast` it is the shortest path.
+The completion is weighed by the same terms. So with `lookahead` 1 and exact completions the chain is the cheapest by
+these weights, and with those of `fast` the shortest. Completions are exact while a bounded number of splits settles
+them (planning.walks), which it does among nodes that hold their ranges; where nodes would have to load theirs and their
+memory is short, it often does not. So plans (planner.plan_by_weights) look for the cheapest chain itself, and say
+whether it is proven.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,8 @@ from bsns.planning.problem import Chain, ChainProblem, Floats, Stage
 from bsns.planning.walks import MAX_CASES, NEVER, Bools, Cost, Ints, Table, Ways, cheapest_chain
 
 MOST_WEIGHT = 1e12
+LEAST_SHARE = 1e-13
+"""Of what a whole chain costs: less than this a node's block does not cost it."""
 _ATTESTED_ONLY = "attested-only"
 
 
@@ -52,6 +58,11 @@ class Weights:
         if not any(getattr(self, name) for name in TERMS if name != "lookahead"):
             raise BadOption(f"nothing is weighed; give one of {', '.join(TERMS[:-1])} a weight above 0")
 
+    @property
+    def only_latency(self) -> bool:
+        """Whether chains compare as their latencies do."""
+        return self.work == self.latency and self.memory == self.reputation == self.price == 0
+
     @classmethod
     def parse(cls, text: str) -> Weights:
         """`cheap`, `latency=1,price=0.5`, or both: a named start (else `fast`) and what differs. Raises BadOption."""
@@ -63,6 +74,8 @@ class Weights:
                 weights = PRESETS[name]
             elif not equals and name == _ATTESTED_ONLY:
                 changed["attested_only"] = True
+            elif equals and name in changed:
+                raise BadOption(f"the weight {name} is given twice")
             elif equals and name in TERMS:
                 changed[name] = _number(name, value)
             else:
@@ -105,6 +118,11 @@ class Traits:
             np.array([node.attested for node in nodes], np.bool_),
             np.array([1 - node.cache_tokens_left / node.cache_tokens if node.cache_tokens else 0.0 for node in nodes]),
         )
+
+    def beside_the_best(self) -> Traits:
+        """Without what even the best node costs, which every chain pays alike and which would drown differences."""
+        price_N = self.price_N - self.price_N.min()
+        return replace(self, price_N=price_N, reputation_N=self.reputation_N + (1 - self.reputation_N.max()))
 
     @classmethod
     def plain(cls, count: int) -> Traits:
@@ -155,29 +173,89 @@ def fitting_reach(problem: ChainProblem) -> Ints:
     return reach_NL
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Weighed:
+    """What chains cost by some weights: the terms of H without the lookahead, in seconds, none of them negative."""
+
+    cost_NL: Floats
+    """A block's on a node."""
+    hop_NN: Floats
+    entry_N: Floats
+    exit_N: Floats
+
+    @classmethod
+    def of(cls, problem: ChainProblem, weights: Weights, traits: Traits) -> Weighed:
+        share_L = np.full(problem.block_count, 1 / problem.block_count)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            filled_NL = np.where(problem.bytes_L > 0, problem.bytes_L / problem.memory_N[:, None], 0.0)
+        filled_NL = np.minimum(filled_NL, 1.0) + traits.fullness_N[:, None] * share_L
+        return cls(
+            weights.work * problem.work_L * problem.time_N[:, None]
+            + weights.memory * filled_NL
+            + weights.reputation * (1 - traits.reputation_N)[:, None] * share_L
+            + weights.price * traits.price_N[:, None],
+            weights.latency * problem.hop_NN,
+            weights.latency * problem.entry_N,
+            weights.latency * problem.exit_N,
+        )
+
+    def ways(self, reach_NL: Ints) -> Ways:
+        """The costs as whole numbers as fine as fit, for walks."""
+        tables = (self.cost_NL, self.hop_NN, self.entry_N, self.exit_N)
+        most = max(float(np.abs(costs).max(initial=0.0)) for costs in tables)
+        blocks = self.cost_NL.shape[1]
+        room = (NEVER // 2 >> blocks.bit_length()) // (2 * blocks + 2)
+        scale = 2.0 ** math.floor(math.log2(room) - math.log2(most)) if most > 1e-200 else 1.0
+        cost_NL, hop_NN, entry_N, exit_N = (np.asarray(np.rint(costs * scale), np.int64) for costs in tables)
+        return Ways(cost_NL, hop_NN, entry_N, exit_N, reach_NL)
+
+    def cost(self, chain: Chain) -> float:
+        """What a chain costs, in seconds."""
+        ways = [self.hop_NN[one.node, other.node] for one, other in pairwise(chain)]
+        ways += [self.entry_N[chain[0].node], self.exit_N[chain[-1].node]]
+        return float(sum(self.cost_NL[node, start:end].sum() for node, start, end in chain) + sum(ways))
+
+    @property
+    def most(self) -> float:
+        """No chain costs more, however many nodes it takes."""
+        way = max(float(ways.max()) for ways in (self.hop_NN, self.entry_N, self.exit_N))
+        blocks: int = self.cost_NL.shape[1]
+        return float(self.cost_NL.max()) * blocks + way * (blocks + 1)
+
+    def clipped(self, most: float) -> Weighed:
+        """With every single cost at most `most`: no chain below that changes its cost, and none above falls below."""
+        return Weighed(*(np.minimum(costs, most) for costs in (self.cost_NL, self.hop_NN, self.entry_N, self.exit_N)))
+
+    def as_times(self, problem: ChainProblem, most: float) -> tuple[ChainProblem, bool]:
+        """A problem whose latency is the cost of every chain below `most`, and whether it is that exactly.
+
+        It is if a block's cost is a product of what the block and what the node bring, as it is for equal blocks. Else
+        each node's blocks all cost their mean.
+        """
+        total, blocks = float(self.cost_NL.sum()), problem.block_count
+        work_L = self.cost_NL.sum(axis=0) * (blocks / total) if total > 0 else np.ones(blocks)
+        time_N = self.cost_NL.mean(axis=1)
+        exact = bool(work_L.min() > 0 and np.allclose(np.outer(time_N, work_L), self.cost_NL, rtol=1e-9, atol=0.0))
+        if not exact:
+            work_L = np.ones(blocks)
+        ways = self.clipped(most)
+        # Engines divide by a node's time. What raising one from 0 adds to a chain is far below what is called proven.
+        time_N = np.clip(time_N, most * LEAST_SHARE, most / work_L.min())
+        times = replace(
+            problem,
+            work_L=work_L,
+            time_N=time_N,
+            hop_NN=ways.hop_NN,
+            entry_N=ways.entry_N,
+            exit_N=ways.exit_N,
+            client_s=0.0,
+        )
+        return times, exact
+
+
 def weighted_ways(problem: ChainProblem, weights: Weights, traits: Traits, reach_NL: Ints) -> Ways:
     """The terms of H without the lookahead, as whole numbers as fine as fit."""
-    share_L = np.full(problem.block_count, 1 / problem.block_count)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        filled_NL = np.where(problem.bytes_L > 0, problem.bytes_L / problem.memory_N[:, None], 0.0)
-    filled_NL = np.minimum(filled_NL, 1.0) + traits.fullness_N[:, None] * share_L
-    cost_NL = (
-        weights.work * problem.work_L * problem.time_N[:, None]
-        + weights.memory * filled_NL
-        + weights.reputation * (1 - traits.reputation_N)[:, None] * share_L
-        + weights.price * traits.price_N[:, None]
-    )
-    hop_NN, entry_N = weights.latency * problem.hop_NN, weights.latency * problem.entry_N
-    exit_N = weights.latency * problem.exit_N
-    most = max(float(np.abs(costs).max(initial=0.0)) for costs in (cost_NL, hop_NN, entry_N, exit_N))
-    blocks = problem.block_count
-    room = (NEVER // 2 >> blocks.bit_length()) // (2 * blocks + 2)
-    scale = 2.0 ** math.floor(math.log2(room) - math.log2(most)) if most > 1e-200 else 1.0
-
-    def whole(costs: Floats) -> Ints:
-        return np.asarray(np.rint(costs * scale), np.int64)
-
-    return Ways(whole(cost_NL), whole(hop_NN), whole(entry_N), whole(exit_N), reach_NL)
+    return Weighed.of(problem, weights, traits).ways(reach_NL)
 
 
 class _Picking:

@@ -9,7 +9,7 @@ import msgspec
 
 from bsns.core.errors import BadFrame
 from bsns.core.ids import PeerId
-from bsns.core.snapshot import LEAST_BLOCK_TIME_S, LEAST_BYTES_PER_S, MAX_BLOCKS, MAX_TIME_S
+from bsns.core.snapshot import LEAST_BLOCK_TIME_S, LEAST_BYTES_PER_S, MAX_BLOCKS, MAX_PRICE, MAX_TIME_S
 from bsns.protocol.membership import Signed
 from bsns.protocol.records import LinkRecord, NodeRecord
 from bsns.swarm.envelopes import Envelope
@@ -100,7 +100,8 @@ def check_record(record: NodeRecord) -> None:
     _require(len(record.others) <= MAX_OTHERS, record, "too many ranges")
     _require(0 <= record.memory_bytes <= MAX_BYTES, record, "impossible memory")
     _require(0 <= record.sessions <= MAX_TOKENS, record, "impossible number of sessions")
-    _require(0 <= record.prefill_time_s <= MAX_TIME_S and 0 <= record.price <= 1e12, record, "impossible time or price")
+    _require(0 <= record.prefill_time_s <= MAX_TIME_S, record, "impossible prefill time")
+    _require(0 <= record.price <= MAX_PRICE, record, "impossible price")
     _require(len(record.draw) in (0, SIGNATURE_BYTES), record, "a lot of the wrong size")
     _require(len(record.links) <= MAX_LINKS, record, f"more than {MAX_LINKS} links")
     for link in record.links:

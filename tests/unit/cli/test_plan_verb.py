@@ -115,6 +115,9 @@ def test_a_picture_and_the_snapshot_can_be_kept(desk: Desk) -> None:
         ([node("a"), node("b")], [], ("--deadline", "soon"), "not a time"),
         ([node("a"), node("b")], [], ("--svg", "/nowhere/plan.svg"), "cannot be written"),
         ([node("a"), node("b")], [], ("--join", "bsns1-x"), "either --join"),
+        ([node("a"), node("b")], [], ("--weights", "latency=1,latency=2"), "latency is given twice"),
+        ([node("a"), node("b")], [], ("--weights", "fast", "--schemas", "nope.json"), "either --weights or --schemas"),
+        ([node("a") | {"price": 1e308}, node("b")], [], ("--weights", "cheap"), "price is 1e+308"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(
@@ -126,6 +129,14 @@ def test_what_cannot_be_planned_is_one_line(
     assert out == ""
     assert words in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_the_most_a_node_may_ask_leaves_the_others_as_they_are(desk: Desk) -> None:
+    free = [node("a", 0.001, 1000), node("b", 0.002, 1000)]
+    desk.snapshot([*free, node("c", 0.001, 1000) | {"price": 1e12}], [link("a", "b"), link("b", "c"), link("a", "c")])
+    status, out, err = desk.plan("--weights", "cheap", "--json")
+    assert (status, err) == (0, "")
+    assert [stage["node"] for stage in json.loads(out)["stages"]] == ["a"]
 
 
 def test_a_model_larger_than_the_swarm_says_how_much_is_missing_and_what_would_fit(desk: Desk) -> None:

@@ -63,7 +63,19 @@ def test_weights_as_users_write_them(text: str, weights: Weights) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "quick", "price", "price=", "price=much", "price=-1", "price=nan", "price=inf", "cheap=1", "fast,cheap"],
+    [
+        "",
+        "quick",
+        "price",
+        "price=",
+        "price=much",
+        "price=-1",
+        "price=nan",
+        "price=inf",
+        "cheap=1",
+        "fast,cheap",
+        "price=1,price=2",
+    ],
 )
 def test_weights_that_make_no_sense(text: str) -> None:
     with pytest.raises(BadOption):
