@@ -324,8 +324,8 @@ class Generator:
             return error
 
     async def _is_own_network(self, reader: Reader, answering: int) -> bool:
-        """Whether all stages are silent, and so is everybody else we know: our own network is suspected for a while, during
-        which the stages keep the session."""
+        """Whether all stages are silent, and so is everybody else we know: our own network is suspected for a
+        while, during which the stages keep the session."""
         others = self._links.others({hop.peer for hop in reader.session.route})
         if answering or (len(reader.session.route) == 1 and not others):
             reader.deaf_since_s = None
