@@ -70,7 +70,12 @@ def plan(
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="Precision of the weights; auto: as the swarm does.")
     ] = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Of the search; the same gives the same plan.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, help="Of the search. What it finds also depends on how far it gets before the deadline."
+        ),
+    ] = 0,
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="With --join: generate a few tokens, to compare (not a shape).")
     ] = True,

@@ -128,6 +128,12 @@ def test_what_cannot_be_planned_is_one_line(
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_seed_is_not_negative(desk: Desk) -> None:
+    desk.snapshot([node("a")], [])
+    status, _, err = desk.plan("--seed", "-1")
+    assert (status, "--seed" in err, "unexpected" in err) == (2, True, False)
+
+
 def test_a_model_larger_than_the_swarm_says_how_much_is_missing_and_what_would_fit(desk: Desk) -> None:
     gib = 2**30
     desk.shape(SHAPE | {"block_bytes": gib})
