@@ -26,11 +26,11 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
     tell(f"predicted: {speeds(plan)}")
     bound = plan.lower_bound_s * 1e3
     if plan.gap < PROVEN:
-        tell(f"no plan can be better: found by {plan.method}, and proven ({bound:.4g} ms)")
+        tell(f"no plan can be better: {found_by(plan.method)}, and proven ({bound:.4g} ms)")
     else:
         value = plan.value * 1e3
         tell(
-            f"found by {plan.method}; at most {plan.gap:.1%} from the best possible "
+            f"{found_by(plan.method)}; at most {plan.gap:.1%} from the best possible "
             f"({value:.4g} ms, no plan is under {bound:.4g} ms)"
         )
     if present is not None:
@@ -50,6 +50,11 @@ def speeds(plan: Plan) -> str:
     """The predicted tokens per second, with one stream and with as many as there are stages to keep busy."""
     many = max(2, len(plan.stages))
     return f"{plan.tokens_per_s():.1f} tokens/s with one stream, {plan.tokens_per_s(many):.1f} with {many}"
+
+
+def found_by(method: str) -> str:
+    """How a plan was found; some rules' names begin with `by` themselves."""
+    return f"found {method}" if method.startswith("by ") else f"found by {method}"
 
 
 def advice(plan: Plan) -> list[str]:
