@@ -40,6 +40,11 @@ class Link:
         return self.round_trip_s / 2 + size_bytes / self.bytes_per_s
 
 
+ASSUMED_LINK = Link(round_trip_s=0.02, bytes_per_s=12.5e6)
+"""Of a way that neither was measured nor can be guessed from other links."""
+ASSUMED_WORDS = f"{ASSUMED_LINK.round_trip_s * 1e3:g} ms round trip and {ASSUMED_LINK.bytes_per_s / 1e6:g} MB/s"
+
+
 @dataclass(frozen=True, slots=True)
 class NodeView:
     """A node as the snapshot shows it: how fast, how large, what it holds, what it costs."""
