@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from bsns.cli import console
 from bsns.cli.main import app, command
+from bsns.cli.schemas import app as schemas
 from bsns.core.snapshot import Snapshot
 
 SHAPE = {"name": "big", "block_bytes": 100, "block_count": 8, "hidden_bytes": 1000, "kv_bytes_per_token_per_block": 0}
@@ -142,6 +144,22 @@ def test_a_model_larger_than_the_swarm_says_how_much_is_missing_and_what_would_f
     assert status == 2
     assert "2 GiB are missing" in err
     assert "int8" in err
+
+
+def test_schemas_for_another_objective_or_model_are_told_of(desk: Desk) -> None:
+    desk.snapshot([node("a"), node("b")], [link("a", "b")])
+    library, swarm = desk.folder / "schemas.json", desk.folder / "swarm.json"
+    built = CliRunner().invoke(
+        schemas, ["build", str(desk.folder / "shape.json"), "--topologies", str(swarm), "--out", str(library)]
+    )
+    assert built.exit_code == 0
+    assert desk.plan("--schemas", str(library))[2] == ""
+    status, out, err = desk.plan("--schemas", str(library), "--objective", "latency")
+    assert (status, "schemas" in out) == (0, True)
+    assert "planned for throughput, not for latency" in err
+    desk.shape(SHAPE | {"block_count": 5})
+    status, _, err = desk.plan("--schemas", str(library))
+    assert (status, "built for big with 8 blocks, but big, which is to be planned, has 5 blocks" in err) == (2, True)
 
 
 def test_missing_files_and_shapes_are_one_line(desk: Desk) -> None:

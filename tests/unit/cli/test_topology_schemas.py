@@ -74,12 +74,22 @@ def test_schemas_are_built_and_shown(tmp_path):
     assert built.exit_code == 0, built.output
     assert json.loads(built.stdout)["bytes"] == file.stat().st_size
     shown = run(schemas, "show", file)
-    assert "toy, 8 blocks, 3 schemas" in shown.output
+    assert "toy, 8 blocks, 3 schemas, planned for throughput" in shown.output
     swarms = tmp_path / "swarms.json"
     swarms.write_bytes(b"[" + b",".join(drawn(f"uniform:6:{seed}").to_json() for seed in range(2)) + b"]")
     again = run(schemas, "build", shape, "--topologies", swarms, "--deadline", "1ms", "--out", file, "--json")
     assert len(json.loads(again.stdout)["schemas"]) == 2
     assert run(schemas, "show", shape).exit_code == 2
+
+
+def test_a_library_without_a_schema_is_not_written(tmp_path):
+    shape, swarm, file = tmp_path / "shape.json", tmp_path / "swarm.json", tmp_path / "schemas.json"
+    shape.write_text(json.dumps({"name": "toy", "block_bytes": 10**9, "block_count": 8, "hidden_bytes": 4096}))
+    swarm.write_text(json.dumps({"nodes": [{"peer": "a", "block_time_s": 0.001, "memory_bytes": 90}], "links": []}))
+    built = run(schemas, "build", shape, "--topologies", swarm, "--out", file)
+    assert built.exit_code == 2
+    assert "toy does not fit the swarm" in built.output
+    assert not file.exists()
 
 
 def test_lists_of_snapshots():
