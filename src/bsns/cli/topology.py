@@ -41,6 +41,9 @@ def topology(
             help="Look at a random swarm: lan_wan, scale_free or uniform, e.g. lan_wan:40:1.",
         ),
     ] = None,
+    save_snapshot: Annotated[
+        Path | None, typer.Option("--save-snapshot", metavar="FILE", help="Keep the snapshot that was looked at.")
+    ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw barcodes and diagrams.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -48,7 +51,7 @@ def topology(
 
     Example:
       bsns topology --join bsns1-…
-      bsns topology --synthetic lan_wan:40:1 --svg shape.svg
+      bsns topology --synthetic lan_wan:40:1 --svg shape.svg --save-snapshot office.json
     """
 
     async def verb() -> None:
@@ -67,6 +70,8 @@ def topology(
             else:
                 assert snapshot is not None
                 seen = Snapshot.from_json(read_file(snapshot))
+            if save_snapshot is not None:
+                write_file(save_snapshot, seen.to_json())
             say("computing")
             known, plain, weighted, told = await asyncio.to_thread(_shape, seen)
             if svg is not None:

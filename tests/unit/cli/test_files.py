@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from bsns.cli.files import read_shape
 from bsns.core.errors import BadOption, BsnsError, CorruptModel, ModelNotFound
+from bsns.core.snapshot import ModelShape, Snapshot
 
+DOCS = Path(__file__).parents[3] / "docs"
 SHAPE = {"name": "toy", "block_bytes": 5, "block_count": 2, "hidden_bytes": 8}
 
 
@@ -37,3 +40,9 @@ def test_a_damaged_model_file_is_just_that(tmp_path: Path) -> None:
     with pytest.raises(CorruptModel) as caught:
         read_shape(str(tmp_path / "model.gguf"), "auto")
     assert "json" not in caught.value.message
+
+
+def test_the_examples_of_the_documentation_can_be_read() -> None:
+    swarm, model = re.findall(r"```json\n(.*?)```", (DOCS / "files.md").read_text(), re.DOTALL)
+    assert len(Snapshot.from_json(swarm.encode()).client) == 1
+    assert ModelShape.from_json(model.encode()).block_count == 80

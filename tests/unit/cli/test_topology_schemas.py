@@ -13,7 +13,7 @@ from bsns.cli.schemas import read_swarms
 from bsns.cli.topology import drawn, topology
 from bsns.core.errors import BadOption, BadSnapshot
 from bsns.core.ids import ModelId
-from bsns.core.snapshot import ModelShape
+from bsns.core.snapshot import ModelShape, Snapshot
 
 app = typer.Typer()
 app.command()(topology)
@@ -38,6 +38,13 @@ def test_a_snapshot_file_as_json(tmp_path):
     told = json.loads(ended.stdout)
     assert told["nodes"] == 7
     assert [point[1] for point in told["diagrams_ms"]["plain"]["h0"]].count(None) == 1
+
+
+def test_a_random_swarm_can_be_kept(tmp_path):
+    file = tmp_path / "office.json"
+    assert run(app, "--synthetic", "lan_wan:6:3", "--save-snapshot", file).exit_code == 0
+    assert Snapshot.from_json(file.read_bytes()) == drawn("lan_wan:6:3")
+    assert run(app, "--synthetic", "uniform:3", "--save-snapshot", tmp_path / "no" / "where").exit_code == 2
 
 
 def test_what_was_named_counts_for_more_than_an_invite_in_the_environment(monkeypatch):
