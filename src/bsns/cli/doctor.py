@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, short_names
 from bsns.core.snapshot import Link, Snapshot
-from bsns.swarm.doctor import Finding, findings, short
+from bsns.swarm.doctor import Finding, findings
 
 if TYPE_CHECKING:
     from bsns.node.snapshots import Sight
@@ -78,6 +78,7 @@ def nodes_table(sight: Sight) -> Table:
     """One row per node, in the order of the blocks."""
     records = _in_order(sight)
     models = {record.model_name for record in records}
+    names = short_names(record.peer for record in records)
     one = len(models) == 1
     title = Text(f"{next(iter(models))}, {records[0].block_count} blocks, {records[0].dtype}") if one else None
     columns = ("node", "blocks", "device", "block time", "per prompt token", "memory", "cache left", "sessions", "up")
@@ -86,7 +87,7 @@ def nodes_table(sight: Sight) -> Table:
         now = sight.answers.get(record.peer)
         state = Text("no answer", style="red") if record.peer in sight.silent else Text(_ranges(record))
         cells = (
-            short(record.peer),
+            names[record.peer],
             state if record.state == "serving" else Text(f"{_ranges(record)} {record.state}"),
             Text(f"{record.device} ×{record.threads}"),  # Text: what others announce is no markup
             _ms((now.block_time_s if now else record.block_time_s) or None),
@@ -102,24 +103,26 @@ def nodes_table(sight: Sight) -> Table:
 
 def matrix(records: list[NodeRecord], snapshot: Snapshot) -> Table:
     """Every link, and this machine's own ways in the last row."""
-    view = _table("links", *(short(record.peer) for record in records))
+    names = short_names(record.peer for record in records)
+    view = _table("links", *(names[record.peer] for record in records))
     for row, record in enumerate(records):
         cells = [_cell(snapshot.link(record.peer, other.peer)) if n < row else "" for n, other in enumerate(records)]
         cells[row] = "·"
-        view.add_row(short(record.peer), *cells)
+        view.add_row(names[record.peer], *cells)
     view.add_row("this machine", *(_cell(snapshot.client.get(record.peer)) for record in records))
     return view
 
 
 def links_table(records: list[NodeRecord], snapshot: Snapshot) -> Table:
     """The links one by one, the slowest first, as many as a person reads."""
-    links: dict[tuple[str, PeerId], Link] = {(short(one), other): link for (one, other), link in snapshot.links.items()}
+    names = short_names(record.peer for record in records)
+    links: dict[tuple[str, PeerId], Link] = {(names[one], other): link for (one, other), link in snapshot.links.items()}
     links |= {("this machine", peer): link for peer, link in snapshot.client.items()}
     ordered = sorted(links.items(), key=lambda entry: -entry[1].transfer_s(16 * 1024))
     title = f"{len(links)} links" + (f", the {LISTED_LINKS} slowest" if len(links) > LISTED_LINKS else "")
     view = _table("from", "to", "round trip", "bandwidth", "measured", title=Text(title))
     for (one, other), link in ordered[:LISTED_LINKS]:
-        view.add_row(one, short(other), _trip(link), _bandwidth(link), f"{_span(link.age_s)} ago")
+        view.add_row(one, names[other], _trip(link), _bandwidth(link), f"{_span(link.age_s)} ago")
     return view
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bsns.cli.console import out, tell
+from bsns.core.ids import PeerId, short_names
 from bsns.core.plan import ONE_NODE, Alternative, Plan
 from bsns.core.snapshot import Snapshot
 
@@ -22,7 +24,10 @@ PROVEN = 1e-4
 
 def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
     """Print a plan: its stages, its speed, its proof, what it was compared with, and what it assumed."""
-    out.print(_stages(plan, snapshot))
+    names = short_names(
+        [*(node.peer for node in snapshot.nodes), *((hop.peer for hop in present.trial.route) if present else ())]
+    )
+    out.print(_stages(plan, snapshot, names))
     tell(f"predicted: {speeds(plan)}")
     bound = plan.lower_bound_s * 1e3
     if plan.gap < PROVEN:
@@ -36,11 +41,11 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
     if present is not None:
         predicted = present.predicted_tokens_per_s
         beside = f", predicted {predicted:.1f}" if predicted is not None else ""
-        hops = " → ".join(f"…{hop.peer[-6:]} {hop.blocks}" for hop in present.trial.route)
+        hops = " → ".join(f"{names[hop.peer]} {hop.blocks}" for hop in present.trial.route)
         tell(f"the swarm as it is ({hops}), one stream: measured {present.trial.tokens_per_s:.1f} tokens/s{beside}")
     if plan.alternatives:
         out.print(_alternatives(plan))
-    for line in (*_left_out(plan), *advice(plan)):
+    for line in (*_left_out(plan, names), *advice(plan)):
         tell(line, style="yellow")
     for assumption in plan.assumptions:
         tell(f"assumed: {assumption}", style="dim")
@@ -108,7 +113,7 @@ def as_dict(plan: Plan, present: Present | None) -> dict[str, Any]:
     }
 
 
-def _stages(plan: Plan, snapshot: Snapshot) -> Table:
+def _stages(plan: Plan, snapshot: Snapshot, names: Mapping[PeerId, str]) -> Table:
     view = Table(
         *("blocks", Column("node", no_wrap=True), "compute", "way in", "replicas", "now holds"),
         title=Text(f"{plan.model_name}, {plan.block_count} blocks, {len(snapshot.nodes)} nodes"),
@@ -119,10 +124,10 @@ def _stages(plan: Plan, snapshot: Snapshot) -> Table:
         node = snapshot.node(stage.peer)
         view.add_row(
             str(stage.blocks),
-            f"…{stage.peer[-8:]}",
+            Text(names[stage.peer]),  # Text: what a file calls a node is no markup
             f"{stage.compute_s * 1e3:.2f} ms",
             f"{stage.transfer_s * 1e3:.2f} ms",
-            _names(stage.replicas) or "–",
+            Text(_named([names[peer] for peer in stage.replicas]) or "–"),
             ", ".join(map(str, node.held)) if node and node.held else "–",
         )
     return view
@@ -152,15 +157,14 @@ def _against(plan: Plan, other: Alternative) -> str:
     return f"{how}; {other.note}" if other.note else how
 
 
-def _left_out(plan: Plan) -> list[str]:
-    lines = [f"left out …{node.peer[-8:]}: {node.reason}" for node in plan.left_out[:MAX_REASONS]]
+def _left_out(plan: Plan, names: Mapping[PeerId, str]) -> list[str]:
+    lines = [f"left out {names[node.peer]}: {node.reason}" for node in plan.left_out[:MAX_REASONS]]
     more = len(plan.left_out) - MAX_REASONS
     return [*lines, f"and {more} more are left out (--json names them)"] if more > 0 else lines
 
 
-def _names(peers: tuple[str, ...]) -> str:
-    shown = ", ".join(f"…{peer[-8:]}" for peer in peers[:3])
-    return shown + (f" and {len(peers) - 3} more" if len(peers) > 3 else "")
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _per_s(latency_s: float | None) -> str:

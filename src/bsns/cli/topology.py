@@ -13,7 +13,9 @@ from rich.table import Table
 from bsns.cli.console import JsonFlag, chosen_invite, doing, emit, out, run, tell
 from bsns.cli.files import read_file, write_file
 from bsns.core.errors import BadOption
+from bsns.core.ids import short_names
 from bsns.core.snapshot import Snapshot
+from bsns.core.words import several
 
 if TYPE_CHECKING:
     from bsns.topology.distance import Distances
@@ -133,10 +135,11 @@ def clusters_in_words(told: Summary) -> list[str]:
         f"{len(told.clusters)} clusters: steps of up to {_ms(told.within_s)} join each of them, "
         f"and from one to another it takes {_ms(told.between_s)} or more"
     ]
+    called = short_names(peer for group in told.clusters for peer in group)
     for group in told.clusters[:MOST_NAMED]:
-        names = ", ".join(f"…{peer[-8:]}" for peer in group[:MOST_NAMED])
+        names = ", ".join(called[peer] for peer in group[:MOST_NAMED])
         more = f" and {len(group) - MOST_NAMED} more" if len(group) > MOST_NAMED else ""
-        lines.append(f"  {len(group)} node{'s' if len(group) > 1 else ''}: {names}{more}")
+        lines.append(f"  {several(len(group), 'node')}: {names}{more}")
     if len(told.clusters) > MOST_NAMED:
         lines.append(f"  and {len(told.clusters) - MOST_NAMED} more clusters (--json names them)")
     return lines

@@ -17,6 +17,7 @@ from rich.text import Text
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import DtypeOption, JsonFlag, ModelArgument, doing, emit, err, out, run, see_through
 from bsns.core.errors import BadOption
+from bsns.core.ids import short_names
 
 if TYPE_CHECKING:
     from bsns.client.generate import Stats
@@ -242,10 +243,11 @@ def table(stats: Stats, nodes: list[NodeStatus]) -> Table:
     """Who held which blocks, and where a token's time went."""
     view = Table("node", "blocks", "device", "memory", "compute / token", "inside the node")
     times = {peer: (compute, inside) for peer, _, compute, inside in _hops(stats)}
+    names = short_names(node.record.peer for node in nodes)
     for node in nodes:
         rss = node.now.rss_bytes if node.now else node.record.rss_bytes
         view.add_row(
-            f"…{node.record.peer[-8:]}",
+            names[node.record.peer],
             str(node.record.blocks),
             Text(node.record.device),
             f"{rss / 1e6:.0f} MB",

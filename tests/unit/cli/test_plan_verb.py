@@ -130,6 +130,17 @@ def test_what_cannot_be_planned_is_one_line(
     assert len(err.strip().splitlines()) == 1
 
 
+def test_nodes_with_like_names_are_told_apart(desk: Desk) -> None:
+    desk.snapshot([node("aaaaaaaa-office-1"), node("bbbbbbbb-office-1"), node("[/c]", 0.5)], [])
+    picture = desk.folder / "plan.svg"
+    status, out, _ = desk.plan("--svg", str(picture))
+    assert status == 0
+    for name in ("…a-office-1", "…b-office-1", "[/c]"):
+        assert name in out, name
+        assert name in picture.read_text(), name
+    assert "…[/c]" not in out
+
+
 def test_a_seed_is_not_negative(desk: Desk) -> None:
     desk.snapshot([node("a")], [])
     status, _, err = desk.plan("--seed", "-1")
