@@ -13,6 +13,7 @@ from bsns.cli.console import out, tell
 from bsns.core.ids import PeerId, short_names
 from bsns.core.plan import ONE_NODE, Alternative, Plan
 from bsns.core.snapshot import Snapshot
+from bsns.core.words import several
 
 if TYPE_CHECKING:
     from bsns.cli.plan import Present
@@ -116,7 +117,7 @@ def as_dict(plan: Plan, present: Present | None) -> dict[str, Any]:
 def _stages(plan: Plan, snapshot: Snapshot, names: Mapping[PeerId, str]) -> Table:
     view = Table(
         *("blocks", Column("node", no_wrap=True), "compute", "way in", "replicas", "now holds"),
-        title=Text(f"{plan.model_name}, {plan.block_count} blocks, {len(snapshot.nodes)} nodes"),
+        title=Text(f"{plan.model_name}, {several(plan.block_count, 'block')}, {several(len(snapshot.nodes), 'node')}"),
         title_justify="left",
         box=SIMPLE_HEAD,
     )

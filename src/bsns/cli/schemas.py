@@ -115,21 +115,24 @@ def show(
         if as_json:
             emit(as_dict(library))
             return
-        blocks, kept = several(library.block_count, "block"), several(len(library.schemas), "schema")
+        what = (
+            f"{library.model_name}, {several(library.block_count, 'block')}, {several(len(library.schemas), 'schema')}"
+        )
         view = Table(
             *("nodes", "typical distance", "loops", "stages", "heaviest role"),
-            title=Text(f"{library.model_name}, {blocks}, {kept}, planned for {library.objective.name}"),
+            title=Text(f"{what}, planned for {library.objective.name}"),
             title_justify="left",
             box=SIMPLE_HEAD,
         )
         for schema in library.schemas[:MOST_SHOWN]:
             widest = max(schema.roles, key=lambda role: role.time * (role.end - role.start))
+            blocks = several(widest.end - widest.start, "block")
             view.add_row(
                 str(schema.node_count),
                 f"{schema.like.signature.scale_s * 1e3:.3g} ms",
                 str(len(schema.like.signature.plain.h1)),
                 str(len(schema.roles)),
-                f"{widest.end - widest.start} blocks on a node {1 / widest.time:.2g} × as fast as the median",
+                f"{blocks} on a node {1 / widest.time:.2g} × as fast as the median",
             )
         out.print(view)
         if len(library.schemas) > MOST_SHOWN:

@@ -141,16 +141,16 @@ def clusters_in_words(told: Summary) -> list[str]:
         more = f" and {len(group) - MOST_NAMED} more" if len(group) > MOST_NAMED else ""
         lines.append(f"  {several(len(group), 'node')}: {names}{more}")
     if len(told.clusters) > MOST_NAMED:
-        lines.append(f"  and {len(told.clusters) - MOST_NAMED} more clusters (--json names them)")
+        lines.append(f"  and {several(len(told.clusters) - MOST_NAMED, 'further cluster')} (--json names them)")
     return lines
 
 
 def loops_in_words(told: Summary) -> list[str]:
     """H1: rings of nodes with no short way across."""
-    brief = f"{told.brief_loops} brief one{'s' if told.brief_loops != 1 else ''}"
+    brief = several(told.brief_loops, "brief one")
     if not told.loops:
         return [f"no loops that last ({brief})" if told.brief_loops else "no loops"]
-    rings = f"{len(told.loops)} loop{'s' if len(told.loops) > 1 else ''}, with no short way across"
+    rings = f"{several(len(told.loops), 'loop')}, with no short way across"
     lines = [rings + (f" (and {brief})" if told.brief_loops else "") + ":"]
     lines += [
         f"  from ways of {_ms(loop.opens_s)} on there is a ring, and only ways of {_ms(loop.closes_s)} lead across"
@@ -198,7 +198,7 @@ def _shape(seen: Snapshot) -> tuple[Distances, Diagrams, Diagrams, Summary]:
 def _draw(plain: Diagrams, weighted: Diagrams, nodes: int, svg: Path) -> None:
     from bsns.topology.plots import topology_svg
 
-    picture = topology_svg(plain, weighted, f"{nodes} node{'s' if nodes != 1 else ''}")
+    picture = topology_svg(plain, weighted, several(nodes, "node"))
     write_file(svg, picture)
 
 

@@ -45,7 +45,7 @@ class Link:
 
 ASSUMED_LINK = Link(round_trip_s=0.02, bytes_per_s=12.5e6)
 """Of a way that neither was measured nor can be guessed from other links."""
-ASSUMED_WORDS = f"{ASSUMED_LINK.round_trip_s * 1e3:g} ms round trip and {ASSUMED_LINK.bytes_per_s / 1e6:g} MB/s"
+ASSUMED_WORDS = f"a round trip of {ASSUMED_LINK.round_trip_s * 1e3:g} ms and {ASSUMED_LINK.bytes_per_s / 1e6:g} MB/s"
 
 
 @dataclass(frozen=True, slots=True)

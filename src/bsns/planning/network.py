@@ -88,7 +88,7 @@ class Network:
         possible = count * (count - 1) // 2
         missing = possible - len(ways)
         if missing and not ways:
-            notes.append(f"no link was measured; each is assumed to be one of {ASSUMED_WORDS}")
+            notes.append(f"no link was measured; each is assumed to have {ASSUMED_WORDS}")
         elif missing:
             notes.append(
                 f"{missing} of {possible} links {'was' if missing == 1 else 'were'} not measured; each is assumed "

@@ -76,7 +76,7 @@ def distances(snapshot: Snapshot, *, size_bytes: float = REFERENCE_BYTES, most: 
         farthest_s = known_s or ASSUMED_LINK.transfer_s(size_bytes)
         matrix_MM = np.where(np.isinf(matrix_MM), farthest_s, matrix_MM)
         who = "no measured way joins some of the nodes; they" if links else "no link was measured; the nodes"
-        far = "to lie as far apart as any two known" if known_s else f"to be joined by ways of {ASSUMED_WORDS}"
+        far = "to lie as far apart as any two known" if known_s else f"to be joined by ways with {ASSUMED_WORDS}"
         notes.append(f"{who} are assumed {far}")
         radius_s = min(radius_s, farthest_s)
     if count > most:

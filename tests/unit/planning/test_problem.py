@@ -54,7 +54,7 @@ def test_an_unmeasured_link_is_as_slow_as_the_slower_of_its_ends_and_says_so() -
     assert "1 of 3 links" in problem.assumptions[0]
     nothing = chain_problem(Snapshot(0.0, NODES), SHAPE)
     assert nothing.hop_NN[0, 1] == pytest.approx(ASSUMED_LINK.transfer_s(1000))
-    assert "no link was measured; each is assumed to be one of 20 ms round trip and 12.5 MB/s" in nothing.assumptions
+    assert "no link was measured; each is assumed to have a round trip of 20 ms and 12.5 MB/s" in nothing.assumptions
     assert np.diag(nothing.hop_NN).tolist() == [0, 0, 0]
 
 

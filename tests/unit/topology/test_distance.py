@@ -48,7 +48,7 @@ def test_nothing_measured_at_all():
     seen = distances(swarm(3, {}))
     assert seen.matrix_MM[0, 1] == ASSUMED_LINK.transfer_s(8192)
     assert seen.assumptions == (
-        "no link was measured; the nodes are assumed to be joined by ways of 20 ms round trip and 12.5 MB/s",
+        "no link was measured; the nodes are assumed to be joined by ways with a round trip of 20 ms and 12.5 MB/s",
     )
     assert distances(swarm(1, {})).matrix_MM.tolist() == [[0.0]]
     assert distances(swarm(1, {})).assumptions == ()
