@@ -200,8 +200,8 @@ def _from_schemas(
     library = from_json(read_file(asked.schemas))
     if library.objective != asked.objective:
         say_aside(
-            f"the schemas were planned for {library.objective.name}, not for {asked.objective.name}: they are good "
-            "beginnings less often, but what they lead to is judged as asked"
+            f"the schemas were planned for {library.objective.name}, not for {asked.objective.name}: they serve "
+            "as beginnings only, and what they lead to is judged as asked"
         )
     found = lookup(
         library,
