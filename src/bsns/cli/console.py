@@ -272,6 +272,11 @@ def tell(line: str, style: str = "") -> None:
     out.print(line, style=style or None, markup=False, highlight=False)
 
 
+def say_aside(line: str) -> None:
+    """One line on standard error about something that does not stand in the way."""
+    err.print(line, style="yellow", markup=False, highlight=False)
+
+
 def say_error(message: str) -> None:
     """One line on standard error, however the message is laid out."""
     err.print("[bold red]error:[/] ", end="")

@@ -11,17 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, short_names
 from bsns.core.snapshot import Link, Snapshot
-from bsns.swarm.doctor import Finding, findings, short
+from bsns.core.words import several, size
+from bsns.swarm.doctor import Finding, findings
 
 if TYPE_CHECKING:
     from bsns.node.snapshots import Sight
     from bsns.protocol.records import NodeRecord
 
 MATRIX_NODES = 6
-"""Up to so many nodes links are shown as a matrix, beyond as a list, the slowest first."""
+"""Up to so many nodes links are shown as a matrix where it fits the terminal, else as a list, the slowest first."""
+WIDE = 10_000
+"""Characters; wider than any terminal."""
 LISTED_LINKS = 30
+BROKEN = ("model", "blocks", "device")
+"""Columns that may take more than one line."""
 
 
 def doctor(join: JoinOption, as_json: JsonFlag = False) -> None:
@@ -61,10 +66,10 @@ def show(sight: Sight, found: list[Finding]) -> None:
     records = _in_order(sight)
     if records:
         out.print(nodes_table(sight))
-        if len(records) <= MATRIX_NODES:
-            out.print(matrix(records, sight.snapshot))
-        else:
-            out.print(links_table(records, sight.snapshot))
+        square = matrix(records, sight.snapshot)
+        fits = out.measure(square, options=out.options.update(width=WIDE)).maximum <= out.width
+        small = len(records) <= MATRIX_NODES and fits
+        out.print("", square if small else links_table(records, sight.snapshot), "", sep="\n")
     if not found:
         out.print("Nothing looks wrong.", style="green")
         return
@@ -78,20 +83,23 @@ def nodes_table(sight: Sight) -> Table:
     """One row per node, in the order of the blocks."""
     records = _in_order(sight)
     models = {record.model_name for record in records}
+    names = short_names(record.peer for record in records)
     one = len(models) == 1
-    title = Text(f"{next(iter(models))}, {records[0].block_count} blocks, {records[0].dtype}") if one else None
-    columns = ("node", "blocks", "device", "block time", "per prompt token", "memory", "cache left", "sessions", "up")
+    title = (
+        Text(f"{next(iter(models))}, {several(records[0].block_count, 'block')}, {records[0].dtype}") if one else None
+    )
+    columns = ("node", "blocks", "device", "block\ntime", "prompt\ntoken", "memory", "cache\nleft", "sessions", "up")
     view = _table(*(columns if one else ("model", *columns)), title=title)
     for record in records:
         now = sight.answers.get(record.peer)
         state = Text("no answer", style="red") if record.peer in sight.silent else Text(_ranges(record))
         cells = (
-            short(record.peer),
+            names[record.peer],
             state if record.state == "serving" else Text(f"{_ranges(record)} {record.state}"),
             Text(f"{record.device} ×{record.threads}"),  # Text: what others announce is no markup
             _ms((now.block_time_s if now else record.block_time_s) or None),
             _ms(record.prefill_time_s or None),
-            _size(record.memory_bytes) if record.memory_bytes else "–",
+            size(record.memory_bytes) if record.memory_bytes else "–",
             str(now.cache_tokens_left if now else record.cache_tokens_left),
             str(now.sessions if now else record.sessions),
             _span(max(0.0, sight.snapshot.taken_s - record.started_s)),
@@ -102,24 +110,26 @@ def nodes_table(sight: Sight) -> Table:
 
 def matrix(records: list[NodeRecord], snapshot: Snapshot) -> Table:
     """Every link, and this machine's own ways in the last row."""
-    view = _table("links", *(short(record.peer) for record in records))
+    names = short_names(record.peer for record in records)
+    view = _table("links", *(names[record.peer] for record in records))
     for row, record in enumerate(records):
         cells = [_cell(snapshot.link(record.peer, other.peer)) if n < row else "" for n, other in enumerate(records)]
         cells[row] = "·"
-        view.add_row(short(record.peer), *cells)
+        view.add_row(names[record.peer], *cells)
     view.add_row("this machine", *(_cell(snapshot.client.get(record.peer)) for record in records))
     return view
 
 
 def links_table(records: list[NodeRecord], snapshot: Snapshot) -> Table:
     """The links one by one, the slowest first, as many as a person reads."""
-    links: dict[tuple[str, PeerId], Link] = {(short(one), other): link for (one, other), link in snapshot.links.items()}
+    names = short_names(record.peer for record in records)
+    links: dict[tuple[str, PeerId], Link] = {(names[one], other): link for (one, other), link in snapshot.links.items()}
     links |= {("this machine", peer): link for peer, link in snapshot.client.items()}
     ordered = sorted(links.items(), key=lambda entry: -entry[1].transfer_s(16 * 1024))
-    title = f"{len(links)} links" + (f", the {LISTED_LINKS} slowest" if len(links) > LISTED_LINKS else "")
+    title = several(len(links), "link") + (f", the {LISTED_LINKS} slowest" if len(links) > LISTED_LINKS else "")
     view = _table("from", "to", "round trip", "bandwidth", "measured", title=Text(title))
     for (one, other), link in ordered[:LISTED_LINKS]:
-        view.add_row(one, short(other), _trip(link), _bandwidth(link), f"{_span(link.age_s)} ago")
+        view.add_row(one, names[other], _trip(link), _bandwidth(link), f"{_span(link.age_s)} ago")
     return view
 
 
@@ -169,9 +179,12 @@ def _node_dict(record: NodeRecord, sight: Sight) -> dict[str, Any]:
 
 
 def _table(*columns: str, title: Text | None = None) -> Table:
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    """Without frames and margins, so that eighty characters hold it; only what others announce is ever broken."""
+    view = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for column in columns:
-        view.add_column(column, no_wrap=column == "node")
+        view.add_column(column, no_wrap=column not in BROKEN)
     return view
 
 
@@ -203,12 +216,8 @@ def _ms(seconds: float | None) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds is not None else "–"
 
 
-def _size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
 def _span(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
+    for length_s, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length_s:
+            return f"{seconds / length_s:.0f} {unit}"
     return f"{seconds:.0f} s"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bsns.cli.console import Dtype
-from bsns.core.errors import BadOption
+from bsns.core.errors import BadOption, CorruptModel, ModelNotFound
 from bsns.core.snapshot import ModelShape
 
 
@@ -29,7 +29,7 @@ def write_file(file: Path, content: bytes) -> None:
 def is_shape_file(model: str) -> bool:
     """Whether what a user named as a model is a file with the shape of one."""
     file = Path(model).expanduser()
-    return file.suffix == ".json" and file.is_file()
+    return file.suffix.lower() == ".json" and not file.is_dir()
 
 
 def read_shape(model: str, dtype: Dtype, in_use: Sequence[str] = ()) -> ModelShape:
@@ -38,9 +38,19 @@ def read_shape(model: str, dtype: Dtype, in_use: Sequence[str] = ()) -> ModelSha
     Raises BadOption, BadSnapshot, or what is wrong with the model.
     """
     if is_shape_file(model):
-        return ModelShape.from_json(read_file(Path(model)))
+        try:
+            return ModelShape.from_json(read_file(Path(model)))
+        except BadOption as error:
+            raise BadOption(f"{error.message}; a MODEL called something.json is a file with a model's shape") from None
     from bsns.model.shapes import shape_of
     from bsns.model.source import resolve
 
+    try:
+        source = resolve(model)
+    except (ModelNotFound, CorruptModel) as error:
+        file = Path(model).expanduser()
+        if file.is_dir() or file.suffix.lower() == ".gguf":
+            raise
+        raise type(error)(f"{error.message}; a file with a model's shape has to be called something.json") from None
     common = max(set(in_use), key=in_use.count) if in_use else "bfloat16"
-    return shape_of(resolve(model), common if dtype == "auto" else dtype)
+    return shape_of(source, common if dtype == "auto" else dtype)

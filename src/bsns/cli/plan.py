@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bsns.cli.console import Dtype, JsonFlag, Say, chosen_invite, doing, emit, err, parse_seconds, run
+from bsns.cli.console import Dtype, JsonFlag, Say, chosen_invite, doing, emit, parse_seconds, run, say_aside
 from bsns.cli.files import is_shape_file, read_file, read_shape, write_file
 from bsns.cli.plan_table import as_dict, show
 from bsns.cli.routing_options import WEIGHTS_HELP
@@ -69,7 +69,12 @@ def plan(
     dtype: Annotated[
         Dtype, typer.Option("--dtype", help="Precision of the weights; auto: as the swarm does.")
     ] = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Of the search; the same gives the same plan.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, help="Of the search. What it finds also depends on how far it gets before the deadline."
+        ),
+    ] = 0,
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="With --join: generate a few tokens, to compare (not a shape).")
     ] = True,
@@ -140,7 +145,7 @@ async def _ask_swarm(
         async with Client(invite, model) as client:
             tried = await try_out(client)
     except MissingBlocks as error:  # an incomplete swarm is just what one plans for
-        err.print(f"the swarm cannot be tried as it is: {error.message}", style="yellow", markup=False, highlight=False)
+        say_aside(f"the swarm cannot be tried as it is: {error.message}")
     if tried is None:
         return seen, shape, None
     return seen, shape, Present(predicted_tokens_per_s(tried.route, seen, shape, tried.client_s), tried)
@@ -203,6 +208,11 @@ def _from_schemas(
     if asked.schemas is None:
         return [], ""
     library = from_json(read_file(asked.schemas))
+    if library.objective != asked.objective:
+        say_aside(
+            f"the schemas were planned for {library.objective.name}, not for {asked.objective.name}: they serve "
+            "as beginnings only, and what they lead to is judged as asked"
+        )
     found = lookup(
         library,
         seen,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from bsns.cli.plan_table import speeds
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, short_names
 from bsns.core.plan import Plan
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.planning.network import chain_problem
@@ -72,13 +72,14 @@ def _draw_network(axes: Axes, plan: Plan, snapshot: Snapshot, shape: ModelShape)
 
 
 def _name_nodes(axes: Axes, plan: Plan, snapshot: Snapshot, at: dict[PeerId, tuple[float, float]]) -> None:
+    names = short_names(at)
     for node in snapshot.nodes:
         blocks = plan.assignments.get(node.peer)
         if blocks is None and len(at) > MAX_LABELS:
             continue
         what = f"{blocks} · " if blocks is not None else ""
         axes.annotate(
-            f"…{node.peer[-6:]}\n{what}{node.block_time_s * 1e3:.3g} ms/block",
+            f"{names[node.peer]}\n{what}{node.block_time_s * 1e3:.3g} ms/block",
             xy=at[node.peer],
             xytext=(0, -16),
             textcoords="offset points",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,8 +10,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bsns.cli.console import out, tell
+from bsns.core.ids import PeerId, short_names
 from bsns.core.plan import ONE_NODE, Alternative, Plan
 from bsns.core.snapshot import Snapshot
+from bsns.core.words import several
 
 if TYPE_CHECKING:
     from bsns.cli.plan import Present
@@ -22,25 +25,28 @@ PROVEN = 1e-4
 
 def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
     """Print a plan: its stages, its speed, its proof, what it was compared with, and what it assumed."""
-    out.print(_stages(plan, snapshot))
+    names = short_names(
+        [*(node.peer for node in snapshot.nodes), *((hop.peer for hop in present.trial.route) if present else ())]
+    )
+    out.print(_stages(plan, snapshot, names))
     tell(f"predicted: {speeds(plan)}")
     bound = plan.lower_bound_s * 1e3
     if plan.gap < PROVEN:
-        tell(f"no plan can be better: found by {plan.method}, and proven ({bound:.4g} ms)")
+        tell(f"no plan can be better: {found_by(plan.method)}, and proven ({bound:.4g} ms)")
     else:
         value = plan.value * 1e3
         tell(
-            f"found by {plan.method}; at most {plan.gap:.1%} from the best possible "
+            f"{found_by(plan.method)}; at most {plan.gap:.1%} from the best possible "
             f"({value:.4g} ms, no plan is under {bound:.4g} ms)"
         )
     if present is not None:
         predicted = present.predicted_tokens_per_s
         beside = f", predicted {predicted:.1f}" if predicted is not None else ""
-        hops = " → ".join(f"…{hop.peer[-6:]} {hop.blocks}" for hop in present.trial.route)
+        hops = " → ".join(f"{names[hop.peer]} {hop.blocks}" for hop in present.trial.route)
         tell(f"the swarm as it is ({hops}), one stream: measured {present.trial.tokens_per_s:.1f} tokens/s{beside}")
     if plan.alternatives:
         out.print(_alternatives(plan))
-    for line in (*_left_out(plan), *advice(plan)):
+    for line in (*_left_out(plan, names), *advice(plan)):
         tell(line, style="yellow")
     for assumption in plan.assumptions:
         tell(f"assumed: {assumption}", style="dim")
@@ -50,6 +56,11 @@ def speeds(plan: Plan) -> str:
     """The predicted tokens per second, with one stream and with as many as there are stages to keep busy."""
     many = max(2, len(plan.stages))
     return f"{plan.tokens_per_s():.1f} tokens/s with one stream, {plan.tokens_per_s(many):.1f} with {many}"
+
+
+def found_by(method: str) -> str:
+    """How a plan was found; some rules' names begin with `by` themselves."""
+    return f"found {method}" if method.startswith("by ") else f"found by {method}"
 
 
 def advice(plan: Plan) -> list[str]:
@@ -103,10 +114,10 @@ def as_dict(plan: Plan, present: Present | None) -> dict[str, Any]:
     }
 
 
-def _stages(plan: Plan, snapshot: Snapshot) -> Table:
+def _stages(plan: Plan, snapshot: Snapshot, names: Mapping[PeerId, str]) -> Table:
     view = Table(
         *("blocks", Column("node", no_wrap=True), "compute", "way in", "replicas", "now holds"),
-        title=Text(f"{plan.model_name}, {plan.block_count} blocks, {len(snapshot.nodes)} nodes"),
+        title=Text(f"{plan.model_name}, {several(plan.block_count, 'block')}, {several(len(snapshot.nodes), 'node')}"),
         title_justify="left",
         box=SIMPLE_HEAD,
     )
@@ -114,10 +125,10 @@ def _stages(plan: Plan, snapshot: Snapshot) -> Table:
         node = snapshot.node(stage.peer)
         view.add_row(
             str(stage.blocks),
-            f"…{stage.peer[-8:]}",
+            Text(names[stage.peer]),  # Text: what a file calls a node is no markup
             f"{stage.compute_s * 1e3:.2f} ms",
             f"{stage.transfer_s * 1e3:.2f} ms",
-            _names(stage.replicas) or "–",
+            Text(_named([names[peer] for peer in stage.replicas]) or "–"),
             ", ".join(map(str, node.held)) if node and node.held else "–",
         )
     return view
@@ -147,15 +158,14 @@ def _against(plan: Plan, other: Alternative) -> str:
     return f"{how}; {other.note}" if other.note else how
 
 
-def _left_out(plan: Plan) -> list[str]:
-    lines = [f"left out …{node.peer[-8:]}: {node.reason}" for node in plan.left_out[:MAX_REASONS]]
+def _left_out(plan: Plan, names: Mapping[PeerId, str]) -> list[str]:
+    lines = [f"left out {names[node.peer]}: {node.reason}" for node in plan.left_out[:MAX_REASONS]]
     more = len(plan.left_out) - MAX_REASONS
     return [*lines, f"and {more} more are left out (--json names them)"] if more > 0 else lines
 
 
-def _names(peers: tuple[str, ...]) -> str:
-    shown = ", ".join(f"…{peer[-8:]}" for peer in peers[:3])
-    return shown + (f" and {len(peers) - 3} more" if len(peers) > 3 else "")
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _per_s(latency_s: float | None) -> str:

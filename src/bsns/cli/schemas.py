@@ -18,6 +18,7 @@ from bsns.cli.files import read_file, read_shape, write_file
 from bsns.core.errors import BadSnapshot
 from bsns.core.plan import LEAST_CACHE_TOKENS, Objective
 from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.core.words import several, size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,9 +88,11 @@ def build(
         if as_json:
             emit(as_dict(library) | {"file": str(out_file), "bytes": len(content)})
             return
-        tell(f"{len(library.schemas)} schemas of {library.model_name} in {out_file} ({len(content) / 1e3:.0f} kB)")
+        kept = several(len(library.schemas), "schema")
+        tell(f"{kept} of {library.model_name} for {library.objective.name} in {out_file} ({size(len(content))})")
         if library.skipped:
-            tell(f"{library.skipped} of {len(swarms)} swarms have too little memory and were skipped", style="yellow")
+            have = "has" if library.skipped == 1 else "have"
+            tell(f"{library.skipped} of {len(swarms)} swarms {have} too little memory: skipped", style="yellow")
 
     run(verb(), as_json=as_json)
 
@@ -112,20 +115,24 @@ def show(
         if as_json:
             emit(as_dict(library))
             return
+        what = (
+            f"{library.model_name}, {several(library.block_count, 'block')}, {several(len(library.schemas), 'schema')}"
+        )
         view = Table(
             *("nodes", "typical distance", "loops", "stages", "heaviest role"),
-            title=Text(f"{library.model_name}, {library.block_count} blocks, {len(library.schemas)} schemas"),
+            title=Text(f"{what}, planned for {library.objective.name}"),
             title_justify="left",
             box=SIMPLE_HEAD,
         )
         for schema in library.schemas[:MOST_SHOWN]:
             widest = max(schema.roles, key=lambda role: role.time * (role.end - role.start))
+            blocks = several(widest.end - widest.start, "block")
             view.add_row(
                 str(schema.node_count),
                 f"{schema.like.signature.scale_s * 1e3:.3g} ms",
                 str(len(schema.like.signature.plain.h1)),
                 str(len(schema.roles)),
-                f"{widest.end - widest.start} blocks on a node {1 / widest.time:.2g} × as fast as the median",
+                f"{blocks} on a node {1 / widest.time:.2g} × as fast as the median",
             )
         out.print(view)
         if len(library.schemas) > MOST_SHOWN:

@@ -11,6 +11,8 @@ from rich.text import Text
 from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
 from bsns.cli.up import in_block_order
 from bsns.core.blocks import missing_blocks
+from bsns.core.ids import short_names
+from bsns.core.words import several
 
 if TYPE_CHECKING:
     from bsns.node.view import NodeStatus
@@ -52,14 +54,15 @@ def status(join: JoinOption, as_json: JsonFlag = False) -> None:
 def table(nodes: list[NodeStatus]) -> Table:
     """One row per node, in the order of the blocks."""
     models = {node.record.model_name for node in nodes}
-    title = Text(f"{models.pop()}, {nodes[0].record.block_count} blocks") if len(models) == 1 else None
+    title = Text(f"{models.pop()}, {several(nodes[0].record.block_count, 'block')}") if len(models) == 1 else None
     columns = ("blocks", "node", "device", "state", "cache left", "sessions", "block time", "round trip")
     view = Table(*(columns if title else ("model", *columns)), title=title, title_justify="left", box=SIMPLE_HEAD)
+    names = short_names(node.record.peer for node in nodes)
     for node in nodes:
         record, now = node.record, node.now
         cells = (
             str(record.blocks),
-            f"…{record.peer[-8:]}",
+            names[record.peer],
             Text(f"{record.device} {record.dtype}"),  # Text: what others announce is no markup
             record.state if node.error is None else Text("no answer", style="red"),
             f"{now.cache_tokens_left if now else record.cache_tokens_left} of {record.cache_tokens}",

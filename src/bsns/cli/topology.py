@@ -13,7 +13,9 @@ from rich.table import Table
 from bsns.cli.console import JsonFlag, chosen_invite, doing, emit, out, run, tell
 from bsns.cli.files import read_file, write_file
 from bsns.core.errors import BadOption
+from bsns.core.ids import short_names
 from bsns.core.snapshot import Snapshot
+from bsns.core.words import several
 
 if TYPE_CHECKING:
     from bsns.topology.distance import Distances
@@ -41,6 +43,9 @@ def topology(
             help="Look at a random swarm: lan_wan, scale_free or uniform, e.g. lan_wan:40:1.",
         ),
     ] = None,
+    save_snapshot: Annotated[
+        Path | None, typer.Option("--save-snapshot", metavar="FILE", help="Keep the snapshot that was looked at.")
+    ] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Draw barcodes and diagrams.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -48,7 +53,7 @@ def topology(
 
     Example:
       bsns topology --join bsns1-…
-      bsns topology --synthetic lan_wan:40:1 --svg shape.svg
+      bsns topology --synthetic lan_wan:40:1 --svg shape.svg --save-snapshot office.json
     """
 
     async def verb() -> None:
@@ -67,6 +72,8 @@ def topology(
             else:
                 assert snapshot is not None
                 seen = Snapshot.from_json(read_file(snapshot))
+            if save_snapshot is not None:
+                write_file(save_snapshot, seen.to_json())
             say("computing")
             known, plain, weighted, told = await asyncio.to_thread(_shape, seen)
             if svg is not None:
@@ -128,21 +135,22 @@ def clusters_in_words(told: Summary) -> list[str]:
         f"{len(told.clusters)} clusters: steps of up to {_ms(told.within_s)} join each of them, "
         f"and from one to another it takes {_ms(told.between_s)} or more"
     ]
+    called = short_names(peer for group in told.clusters for peer in group)
     for group in told.clusters[:MOST_NAMED]:
-        names = ", ".join(f"…{peer[-8:]}" for peer in group[:MOST_NAMED])
+        names = ", ".join(called[peer] for peer in group[:MOST_NAMED])
         more = f" and {len(group) - MOST_NAMED} more" if len(group) > MOST_NAMED else ""
-        lines.append(f"  {len(group)} node{'s' if len(group) > 1 else ''}: {names}{more}")
+        lines.append(f"  {several(len(group), 'node')}: {names}{more}")
     if len(told.clusters) > MOST_NAMED:
-        lines.append(f"  and {len(told.clusters) - MOST_NAMED} more clusters (--json names them)")
+        lines.append(f"  and {several(len(told.clusters) - MOST_NAMED, 'further cluster')} (--json names them)")
     return lines
 
 
 def loops_in_words(told: Summary) -> list[str]:
     """H1: rings of nodes with no short way across."""
-    brief = f"{told.brief_loops} brief one{'s' if told.brief_loops != 1 else ''}"
+    brief = several(told.brief_loops, "brief one")
     if not told.loops:
         return [f"no loops that last ({brief})" if told.brief_loops else "no loops"]
-    rings = f"{len(told.loops)} loop{'s' if len(told.loops) > 1 else ''}, with no short way across"
+    rings = f"{several(len(told.loops), 'loop')}, with no short way across"
     lines = [rings + (f" (and {brief})" if told.brief_loops else "") + ":"]
     lines += [
         f"  from ways of {_ms(loop.opens_s)} on there is a ring, and only ways of {_ms(loop.closes_s)} lead across"
@@ -190,7 +198,7 @@ def _shape(seen: Snapshot) -> tuple[Distances, Diagrams, Diagrams, Summary]:
 def _draw(plain: Diagrams, weighted: Diagrams, nodes: int, svg: Path) -> None:
     from bsns.topology.plots import topology_svg
 
-    picture = topology_svg(plain, weighted, f"{nodes} node{'s' if nodes != 1 else ''}")
+    picture = topology_svg(plain, weighted, several(nodes, "node"))
     write_file(svg, picture)
 
 

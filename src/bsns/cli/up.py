@@ -18,6 +18,8 @@ from rich.text import Text
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import DtypeOption, JsonFlag, ModelArgument, doing, emit, err, out, run, see_through
 from bsns.core.errors import BadOption
+from bsns.core.ids import short_names
+from bsns.core.words import several, size
 
 if TYPE_CHECKING:
     from bsns.client.generate import Stats
@@ -82,10 +84,10 @@ def up(
                 source = await asyncio.to_thread(resolve, model, progress=say)
                 if nodes > source.block_count:
                     raise BadOption(
-                        f"{source.name} has {source.block_count} blocks, too few for {nodes} nodes; "
-                        f"give --nodes 1 to {source.block_count}"
+                        f"{source.name} has {several(source.block_count, 'block')}, too few for "
+                        f"{several(nodes, 'node')}; give --nodes 1 to {source.block_count}"
                     )
-                say(f"starting {nodes} {_nodes(nodes)}")
+                say(f"starting {several(nodes, 'node')}")
                 swarm = LocalSwarm(
                     model,
                     equal_split(source.block_count, nodes),
@@ -102,11 +104,12 @@ def up(
                 say("measuring")
                 forecast = await _forecast(client, source)
             if not as_json:
-                err.print(f"[green]{nodes} {_nodes(nodes)} serve{'s' * (nodes == 1)} {source.name}[/]", highlight=False)
+                many, serve = several(nodes, "node"), "serves" if nodes == 1 else "serve"
+                err.print(f"[green]{many} {serve} {source.name}[/]", highlight=False)
                 if forecast.alone > forecast.together:
                     err.print(
                         f"one node alone would answer a single stream faster: predicted {forecast.alone:.1f} tokens/s, "
-                        f"against {forecast.together:.1f} with {nodes} nodes; cut models that do not fit one",
+                        f"against {forecast.together:.1f} with {many}; cut models that do not fit one",
                         style="yellow",
                         highlight=False,
                     )
@@ -174,10 +177,6 @@ async def _take_down(swarm: LocalSwarm, *, quiet: bool) -> None:
         await see_through(swarm.close())
 
 
-def _nodes(count: int) -> str:
-    return "node" if count == 1 else "nodes"
-
-
 def check_prompt(text: str) -> None:
     """Raises BadOption for a prompt without a word in it."""
     if not text.strip():
@@ -213,9 +212,10 @@ async def answer(
         return
     err.print()
     err.print(table(stats, nodes))
+    made = several(stats.tokens, "token")
     cut = f" (cut off at {stats.tokens}; see --max-tokens)" if finished == "length" else ""
     err.print(
-        f"{stats.tokens} tokens{cut}, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_ms:.0f} ms; "
+        f"{made}{cut}, {stats.tokens_per_s:.1f} tokens/s, first after {stats.ttft_ms:.0f} ms; "
         f"our own time per hop {_median(stats.own_ms_per_hop()):.2f} ms",
         highlight=False,
     )
@@ -258,13 +258,14 @@ def table(stats: Stats, nodes: list[NodeStatus]) -> Table:
     """Who held which blocks, and where a token's time went."""
     view = Table("node", "blocks", "device", "memory", "compute / token", "inside the node")
     times = {peer: (compute, inside) for peer, _, compute, inside in _hops(stats)}
+    names = short_names(node.record.peer for node in nodes)
     for node in nodes:
         rss = node.now.rss_bytes if node.now else node.record.rss_bytes
         view.add_row(
-            f"…{node.record.peer[-8:]}",
+            names[node.record.peer],
             str(node.record.blocks),
             Text(node.record.device),
-            f"{rss / 1e6:.0f} MB",
+            size(rss),
             *(f"{time_ms:.2f} ms" if time_ms else "–" for time_ms in times.get(node.record.peer, (0.0, 0.0))),
         )
     return view

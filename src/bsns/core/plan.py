@@ -17,6 +17,8 @@ LEAST_CACHE_TOKENS = 2048
 ONE_NODE = "one node alone"
 """The alternative of not cutting the model."""
 
+_NAMED = {"throughput": (1.0, 0.0), "latency": (0.0, 1.0), "mixed": (0.5, 0.5)}
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -36,10 +38,16 @@ class Objective:
     @classmethod
     def named(cls, name: str) -> Objective:
         """`throughput`, `latency`, or `mixed`, which weighs both alike. Raises BadOption."""
-        known = {"throughput": cls(1.0, 0.0), "latency": cls(0.0, 1.0), "mixed": cls(0.5, 0.5)}
-        if name not in known:
-            raise BadOption(f"there is no objective {name!r}; use {', '.join(known)}")
-        return known[name]
+        if name not in _NAMED:
+            raise BadOption(f"there is no objective {name!r}; use {', '.join(_NAMED)}")
+        return cls(*_NAMED[name])
+
+    @property
+    def name(self) -> str:
+        """What `named` takes, or the weights where they have no name."""
+        weights = (self.bottleneck, self.latency)
+        named = (name for name, known in _NAMED.items() if known == weights)
+        return next(named, f"{self.bottleneck:g} × slowest stage + {self.latency:g} × latency")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ LEAST_BYTES_PER_S = 1.0
 MAX_PRICE = 1e12
 MAX_SIZE = 2.0**60
 MAX_BLOCKS = 10_000
+MAX_NAME = 200
+SHAPE_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
+"""Precisions that a shape file may name."""
 
 Pair = tuple[PeerId, PeerId]
 
@@ -39,6 +42,11 @@ class Link:
     def transfer_s(self, size_bytes: float) -> float:
         """How long a message of this size takes, one way."""
         return self.round_trip_s / 2 + size_bytes / self.bytes_per_s
+
+
+ASSUMED_LINK = Link(round_trip_s=0.02, bytes_per_s=12.5e6)
+"""Of a way that neither was measured nor can be guessed from other links."""
+ASSUMED_WORDS = f"a round trip of {ASSUMED_LINK.round_trip_s * 1e3:g} ms and {ASSUMED_LINK.bytes_per_s / 1e6:g} MB/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +101,23 @@ class ModelShape:
     def from_json(cls, text: bytes) -> ModelShape:
         """The shape in a file, its fields as here; `block_bytes` may be one number, for `block_count` equal blocks.
 
-        Raises BadSnapshot with the reason.
+        docs/files.md describes it. Raises BadSnapshot with the reason.
         """
         try:
             file = msgspec.json.decode(text, type=_ShapeFile)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BadSnapshot(f"this is not a model's shape: {error}") from None
-        sizes = file.block_bytes
-        if isinstance(sizes, int):
-            if not 0 < file.block_count <= MAX_BLOCKS:
-                raise BadSnapshot(f"the shape has one size and {file.block_count} blocks; give block_count")
-            sizes = [sizes] * file.block_count
+        for name in (file.name, file.model or file.name):
+            if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+                raise BadSnapshot(f"{name[:64]!r} cannot be a model's name; give 1 to {MAX_NAME} printable characters")
+        if file.dtype not in SHAPE_DTYPES:
+            raise BadSnapshot(f"the shape's dtype is {file.dtype[:64]!r}; use one of {', '.join(SHAPE_DTYPES)}")
         shape = cls(
             ModelId(file.model or file.name),
             file.name,
-            tuple(sizes),
-            file.kv_bytes_per_token_per_block,
-            file.hidden_bytes,
+            _block_sizes(file),
+            _whole(file.kv_bytes_per_token_per_block, "kv_bytes_per_token_per_block"),
+            _whole(file.hidden_bytes, "hidden_bytes"),
             tuple(file.block_work),
             file.dtype,
         )
@@ -153,7 +161,7 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, text: bytes) -> Snapshot:
-        """The snapshot in a file. Raises BadSnapshot with the place and the reason.
+        """The snapshot in a file, as docs/files.md describes it. Raises BadSnapshot with the place and the reason.
 
         A link written twice, once for each direction, counts as the slower of the two, which `assumptions` then says.
         """
@@ -239,7 +247,7 @@ def check_shape(shape: ModelShape) -> None:
 class _NodeEntry(msgspec.Struct, forbid_unknown_fields=True):
     peer: str
     block_time_s: float
-    memory_bytes: int
+    memory_bytes: int | float
     prefill_time_s: float = 0.0
     device: str = "cpu"
     dtype: str = "bfloat16"
@@ -272,13 +280,36 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 class _ShapeFile(msgspec.Struct, forbid_unknown_fields=True):
     name: str
-    block_bytes: int | list[int]
-    hidden_bytes: int
-    kv_bytes_per_token_per_block: int = 0
-    block_count: int = 0
+    block_bytes: int | float | list[int | float]
+    hidden_bytes: int | float
+    kv_bytes_per_token_per_block: int | float = 0
+    block_count: int | None = None
     block_work: list[float] = []
     dtype: str = "bfloat16"
     model: str = ""
+
+
+def _block_sizes(file: _ShapeFile) -> tuple[int, ...]:
+    """Each block's bytes. Raises BadSnapshot."""
+    if isinstance(file.block_bytes, list):
+        if file.block_count not in (None, len(file.block_bytes)):
+            raise BadSnapshot(
+                f"block_count is {file.block_count}, but block_bytes lists {len(file.block_bytes)} blocks; "
+                "leave block_count out"
+            )
+        return tuple(_whole(size, "block_bytes") for size in file.block_bytes)
+    if file.block_count is None:
+        raise BadSnapshot("block_bytes is one size for all blocks; give block_count too, or a list with every block's")
+    if not 0 < file.block_count <= MAX_BLOCKS:
+        raise BadSnapshot(f"block_count is {file.block_count}; it can be 1 to {MAX_BLOCKS}")
+    return (_whole(file.block_bytes, "block_bytes"),) * file.block_count
+
+
+def _whole(figure: float, name: str) -> int:
+    """A count, however it is written: `1e9` is one. Raises BadSnapshot."""
+    if figure != int(figure):
+        raise BadSnapshot(f"{name} is {figure}, which is no whole number")
+    return int(figure)
 
 
 _NODE_FIELDS = tuple(name for name in _NodeEntry.__struct_fields__ if name != "held")
@@ -293,6 +324,7 @@ def _node(entry: _NodeEntry) -> NodeView:
             held.append(BlockRange.parse(text, 10**6))
         except BadRange as error:
             raise BadSnapshot(f"node {entry.peer}: held: {error}") from None
+    entry.memory_bytes = _whole(entry.memory_bytes, f"node {entry.peer}: memory_bytes")
     node = NodeView(**{name: getattr(entry, name) for name in _NODE_FIELDS}, held=tuple(held))
     check_node(node)
     return node

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from bsns.core.errors import BadSnapshot
 from bsns.core.ids import PeerId
 from bsns.core.snapshot import (
+    ASSUMED_LINK,
+    ASSUMED_WORDS,
     LEAST_BYTES_PER_S,
     MAX_TIME_S,
     Link,
@@ -28,10 +30,6 @@ from bsns.planning.bounds import Floors, most_work
 from bsns.planning.problem import ChainProblem, Floats
 
 Ints = NDArray[np.int64]
-
-ASSUMED_ROUND_TRIP_S = 0.02
-"""Of a link that neither was measured nor can be guessed from its ends' other links."""
-ASSUMED_BYTES_PER_S = 12.5e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +85,17 @@ class Network:
         order = np.lexsort((to_E, from_E))
         from_E, to_E, way_E = from_E[order], to_E[order], np.array(ways + ways)[order]
         notes = list(snapshot.assumptions)
-        missing = count * (count - 1) // 2 - len(ways)
-        if missing:
+        possible = count * (count - 1) // 2
+        missing = possible - len(ways)
+        if missing and not ways:
+            notes.append(f"no link was measured; each is assumed to have {ASSUMED_WORDS}")
+        elif missing:
             notes.append(
-                f"{missing} of {count * (count - 1) // 2} links were not measured; each is assumed "
+                f"{missing} of {possible} links {'was' if missing == 1 else 'were'} not measured; each is assumed "
                 "to be as slow as the slower of its ends' median links"
             )
+            if len(set(one + other)) < count:
+                notes.append("a node without any measured link counts with the median of all links")
         ends_N = np.zeros(count)
         if snapshot.client:
             known = {peer: transfer_s(link, size) for peer, link in snapshot.client.items()}
@@ -102,6 +105,8 @@ class Network:
                 notes.append(
                     "the client's way to some nodes was not measured; it is assumed to be as slow as its slowest"
                 )
+        else:
+            notes.append("no client's way to a node was measured; the way in and the way back count as 0 ms")
         return cls(
             work_L=np.array(shape.work, dtype=np.float64),
             bytes_L=np.array(shape.block_bytes, dtype=np.float64) + shape.kv_bytes_per_token_per_block * cache_tokens,
@@ -109,7 +114,7 @@ class Network:
             memory_N=np.array([node.memory_bytes for node in nodes], dtype=np.float64),
             ends_N=ends_N,
             client_s=client_s,
-            typical_N=_medians(from_E, way_E, count, ASSUMED_ROUND_TRIP_S / 2 + size / ASSUMED_BYTES_PER_S),
+            typical_N=_medians(from_E, way_E, count, ASSUMED_LINK.transfer_s(size)),
             from_E=from_E,
             to_E=to_E,
             way_E=way_E,

@@ -16,6 +16,7 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import MissingBlocks, NotEnoughMemory
 from bsns.core.plan import LEAST_CACHE_TOKENS, ONE_NODE, Alternative, LeftOut, Objective, Plan, PlannedStage
 from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.core.words import size
 from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
 from bsns.planning.chain_dp import best_cut, nearest_order
 from bsns.planning.device_order import search_orders
@@ -377,8 +378,8 @@ def _one_node(network: Network) -> Alternative:
     need = float(network.bytes_L.sum())
     fits_N = network.memory_N >= need
     if not fits_N.any():
-        missing = (need - float(network.memory_N.max())) / 2**30
-        return Alternative(ONE_NODE, None, None, f"{missing:.3g} GiB are missing on the largest node")
+        missing = size(need - float(network.memory_N.max()))
+        return Alternative(ONE_NODE, None, None, f"{missing} are missing on the largest node")
     compute_N = float(network.work_L.sum()) * network.time_N
     latency_N = np.where(fits_N, compute_N + 2 * network.ends_N + network.client_s, math.inf)
     node = int(latency_N.argmin())

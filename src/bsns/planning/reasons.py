@@ -9,6 +9,7 @@ import numpy as np
 from bsns.core.errors import NotEnoughMemory
 from bsns.core.plan import LeftOut, Objective
 from bsns.core.snapshot import ModelShape
+from bsns.core.words import size
 from bsns.planning.bounds import most_work
 from bsns.planning.network import Ints, Network
 from bsns.planning.problem import Floats
@@ -35,7 +36,7 @@ def left_out(network: Network, shared: Shared, objective: Objective, *, replicas
         if room < smallest:
             reason = _no_block_fits(room, smallest)
         elif replicas and room < least_range:
-            reason = f"no stage's range fits: it may use {_size(room)}, the smallest takes {_size(least_range)}"
+            reason = f"no stage's range fits: it may use {size(room)}, the smallest takes {size(least_range)}"
         elif replicas:
             reason = (
                 f"as a replica it would help no stage: one block takes {_ms(alone_s)} on it and its way to the nearest "
@@ -102,7 +103,7 @@ def no_chain_fits(network: Network, shape: ModelShape, cache_tokens: int) -> Not
 
 
 def _no_block_fits(room: float, smallest: float) -> str:
-    return f"no room for one block: it may use {_size(room)}, a block with its cache takes {_size(smallest)}"
+    return f"no room for one block: it may use {size(room)}, a block with its cache takes {size(smallest)}"
 
 
 def _blocks_that_fit(bytes_L: Floats, memory_N: Floats) -> int:
@@ -113,13 +114,13 @@ def _shortage(network: Network, shape: ModelShape, cache_tokens: int, fitting: i
     need, have = float(network.bytes_L.sum()), float(network.memory_N.sum())
     nodes = f"{network.node_count} node" + "s" * (network.node_count > 1)
     head = (
-        f"{shape.name} in {shape.dtype} takes {_size(need)}, {cache_tokens} tokens of cache included; "
-        f"the {nodes} may use {_size(have)}"
+        f"{shape.name} in {shape.dtype} takes {size(need)}, {cache_tokens} tokens of cache included; "
+        f"the {nodes} may use {size(have)}"
     )
     if have < need:
-        missing = f"{_size(need - have)} are missing"
+        missing = f"{size(need - have)} are missing"
     else:
-        largest = _size(float(network.bytes_L.max()))
+        largest = size(float(network.bytes_L.max()))
         counted = min(fitting, shape.block_count)
         missing = (
             f"enough in total, but blocks of {largest} do not divide over them: {counted} of {shape.block_count} fit"
@@ -137,14 +138,10 @@ def _remedy(network: Network, shape: ModelShape, cache_tokens: int) -> str:
             continue
         bytes_L = weights_L * WEIGHT_BITS[dtype] / bits + shape.kv_bytes_per_token_per_block * cache_tokens
         if _blocks_that_fit(bytes_L, network.memory_N) >= shape.block_count:
-            return f"in {dtype} it would fit ({_size(float(bytes_L.sum()))})"
+            return f"in {dtype} it would fit ({size(float(bytes_L.sum()))})"
     if cache_tokens and _blocks_that_fit(weights_L, network.memory_N) >= shape.block_count:
         return "it would fit with fewer cache tokens"
     return "it would not fit in int4 either; add nodes" if bits else "add nodes"
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB" if size >= 2**28 else f"{size / 2**20:.3g} MiB"
 
 
 def _ms(seconds: float) -> str:

@@ -17,6 +17,7 @@ from bsns.core.errors import BadOption, BadSnapshot, NotEnoughMemory
 from bsns.core.ids import ModelId
 from bsns.core.plan import Objective
 from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.core.words import several
 from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
 from bsns.planning.likeness import Key, Likeness, likeness, nearest
 from bsns.planning.network import Network
@@ -88,7 +89,7 @@ def build(
 ) -> Library:
     """Solve the model for each swarm, with a new clock for each; those with too little memory are skipped and counted.
 
-    Raises BadSnapshot.
+    Raises BadSnapshot, and NotEnoughMemory where that would be all of them.
     """
     schemas: list[Schema] = []
     skipped = 0
@@ -102,6 +103,12 @@ def build(
             continue
         like = likeness(snapshot, shape)
         schemas.append(Schema(like, len(snapshot.nodes), roles_of(problem, solved.chain), solved.value))
+    if skipped and not schemas:
+        where = "does not fit the swarm" if skipped == 1 else f"fits none of the {skipped} swarms"
+        raise NotEnoughMemory(
+            f"{shape.name} {where}, so there is no schema to keep; give swarms with more memory, or ask for fewer "
+            "cache tokens"
+        )
     return Library(shape.model, shape.name, shape.block_count, objective, tuple(schemas), skipped)
 
 
@@ -122,8 +129,9 @@ def score(
     """
     if library.block_count != shape.block_count:
         raise BadSnapshot(
-            f"the schema library is of {library.model_name}, {library.block_count} blocks; "
-            f"{shape.name} has {shape.block_count}"
+            f"the schema library was built for {library.model_name} with {several(library.block_count, 'block')}, but "
+            f"{shape.name}, which is to be planned, has {several(shape.block_count, 'block')}; build a library for it "
+            "with bsns schemas build"
         )
     if m < 1:
         raise BadOption(f"look at {m} schemas? at least 1")

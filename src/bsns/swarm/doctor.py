@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bsns.core.blocks import missing_blocks
-from bsns.core.ids import ModelId, PeerId
+from bsns.core.ids import ModelId, PeerId, short_names
 from bsns.core.plan import LEAST_CACHE_TOKENS
 from bsns.core.snapshot import Link, Pair, Snapshot, pair
 from bsns.protocol.records import NodeRecord
@@ -36,6 +36,8 @@ LOADING_S = 600.0
 MANY = 3
 """More findings of one kind about one node are told as one."""
 
+Names = Mapping[PeerId, str]
+"""What each peer is called, see `short_names`."""
 Kind = Literal[
     "missing blocks",
     "no answer",
@@ -77,23 +79,26 @@ def findings(
     if not records:
         return [Finding("empty", "the swarm has no nodes; start one with: bsns serve MODEL --join INVITE", grave=True)]
     unheard = silent or {}
+    names = short_names(
+        [
+            *(record.peer for record in records),
+            *unheard,
+            *snapshot.client,
+            *(peer for ends in snapshot.links for peer in ends),
+        ]
+    )
     found = [
         *_missing(records, unheard),
-        *(Finding("no answer", _why_silent(peer, why), (peer,), grave=True) for peer, why in sorted(unheard.items())),
-        *_clocks(records, now_s, lifetime_s, announce_s),
-        *_slow_nodes(records),
-        *_memory(records),
-        *_loading(records, now_s),
-        *_slow_links(snapshot),
-        *_unmeasured(records, snapshot, now_s, unheard),
-        *_stale(snapshot),
+        *_no_answer(unheard, names),
+        *_clocks(records, names, now_s, lifetime_s, announce_s),
+        *_slow_nodes(records, names),
+        *_memory(records, names),
+        *_loading(records, names, now_s),
+        *_slow_links(snapshot, names),
+        *_unmeasured(records, snapshot, names, now_s, unheard),
+        *_stale(snapshot, names),
     ]
     return sorted(found, key=lambda finding: not finding.grave)
-
-
-def short(peer: PeerId) -> str:
-    """A peer id as people tell them apart."""
-    return f"…{peer[-8:]}" if len(peer) > 9 else peer
 
 
 def _missing(records: Sequence[NodeRecord], silent: Mapping[PeerId, str]) -> Iterable[Finding]:
@@ -111,11 +116,15 @@ def _missing(records: Sequence[NodeRecord], silent: Mapping[PeerId, str]) -> Ite
             yield Finding("missing blocks", text, grave=True)
 
 
-def _why_silent(peer: PeerId, why: str) -> str:
-    return f"node {short(peer)} announces itself but does not answer us: {why.replace(peer, short(peer))}"
+def _no_answer(silent: Mapping[PeerId, str], names: Names) -> Iterable[Finding]:
+    for peer, why in sorted(silent.items()):
+        text = f"node {names[peer]} announces itself but does not answer us: {why.replace(peer, names[peer])}"
+        yield Finding("no answer", text, (peer,), grave=True)
 
 
-def _clocks(records: Sequence[NodeRecord], now_s: float, lifetime_s: float, announce_s: float) -> Iterable[Finding]:
+def _clocks(
+    records: Sequence[NodeRecord], names: Names, now_s: float, lifetime_s: float, announce_s: float
+) -> Iterable[Finding]:
     """A record is renewed while it has more than half its life, so its expiry tells its author's time."""
     skews_s = {record.peer: _skew_s(record, now_s, lifetime_s, announce_s) for record in records}
     ahead = [peer for peer, skew_s in skews_s.items() if skew_s > SKEW_S]
@@ -128,10 +137,10 @@ def _clocks(records: Sequence[NodeRecord], now_s: float, lifetime_s: float, anno
             )
             return
     for peer in ahead:
-        yield Finding("clock", f"the clock of node {short(peer)} is {skews_s[peer]:.0f} s fast, by its record", (peer,))
+        yield Finding("clock", f"the clock of node {names[peer]} is {skews_s[peer]:.0f} s fast, by its record", (peer,))
     for peer in behind:
         text = (
-            f"the record of node {short(peer)} is {-skews_s[peer]:.0f} s older than it should become: "
+            f"the record of node {names[peer]} is {-skews_s[peer]:.0f} s older than it should become: "
             "its clock is slow, or it can hardly reach the directory"
         )
         yield Finding("clock", text, (peer,))
@@ -146,7 +155,7 @@ def _skew_s(record: NodeRecord, now_s: float, lifetime_s: float, announce_s: flo
     return min(0.0, author_s + announce_s - now_s)
 
 
-def _slow_nodes(records: Sequence[NodeRecord]) -> Iterable[Finding]:
+def _slow_nodes(records: Sequence[NodeRecord], names: Names) -> Iterable[Finding]:
     kinds: defaultdict[tuple[object, ...], list[NodeRecord]] = defaultdict(list)
     for record in records:
         if record.block_time_s > 0:
@@ -156,7 +165,7 @@ def _slow_nodes(records: Sequence[NodeRecord]) -> Iterable[Finding]:
             others = [other.block_time_s for other in members if other is not record]
             if others and record.block_time_s > SLOW_FACTOR * (usual_s := statistics.median(others)):
                 text = (
-                    f"node {short(record.peer)} is slow: {record.block_time_s * 1e3:.2f} ms a block, where "
+                    f"node {names[record.peer]} is slow: {record.block_time_s * 1e3:.2f} ms a block, where "
                     f"{_others(len(others))} of its kind ({_kind(kind)}) "
                     f"take{'s' * (len(others) == 1)} {usual_s * 1e3:.2f} ms; is its machine busy with something else?"
                 )
@@ -172,9 +181,9 @@ def _others(count: int) -> str:
     return "the other one" if count == 1 else f"the {count} others"
 
 
-def _memory(records: Sequence[NodeRecord]) -> Iterable[Finding]:
+def _memory(records: Sequence[NodeRecord], names: Names) -> Iterable[Finding]:
     for record in records:
-        name, advice = short(record.peer), "give it more --memory or fewer --blocks"
+        name, advice = names[record.peer], "give it more --memory or fewer --blocks"
         if record.cache_tokens < LEAST_CACHE_TOKENS:
             text = f"node {name} has cache for only {record.cache_tokens} tokens; {advice}"
         elif record.cache_tokens_left < NEARLY_FULL * record.cache_tokens:
@@ -187,15 +196,15 @@ def _memory(records: Sequence[NodeRecord]) -> Iterable[Finding]:
         yield Finding("memory", text, (record.peer,))
 
 
-def _loading(records: Sequence[NodeRecord], now_s: float) -> Iterable[Finding]:
+def _loading(records: Sequence[NodeRecord], names: Names, now_s: float) -> Iterable[Finding]:
     for record in records:
         if record.state == "joining" and now_s - record.started_s > LOADING_S:
             minutes = (now_s - record.started_s) / 60
-            text = f"node {short(record.peer)} began {minutes:.0f} minutes ago and still does not serve {record.blocks}"
+            text = f"node {names[record.peer]} began {minutes:.0f} minutes ago and still does not serve {record.blocks}"
             yield Finding("loading", text, (record.peer,))
 
 
-def _slow_links(snapshot: Snapshot) -> Iterable[Finding]:
+def _slow_links(snapshot: Snapshot, names: Names) -> Iterable[Finding]:
     for links in (dict(snapshot.links), {(PeerId("client"), peer): link for peer, link in snapshot.client.items()}):
         times_s = {ends: link.transfer_s(REFERENCE_BYTES) for ends, link in links.items()}
         for ends, link in sorted(links.items(), key=lambda entry: -times_s[entry[0]]):
@@ -204,16 +213,16 @@ def _slow_links(snapshot: Snapshot) -> Iterable[Finding]:
             slow = times_s[ends] > max(FAR_FACTOR * usual_s, usual_s + FAR_S)
             if slow or times_s[ends] > HOPELESS_S:
                 usual = f", where the middle one of the others takes {_ms(usual_s)}" if others_s else ""
-                text = f"{_way(ends)} is slow: {_figures(link)}; {_ms(times_s[ends])} for 16 KiB{usual}"
+                text = f"{_way(ends, names)} is slow: {_figures(link)}; {_ms(times_s[ends])} for 16 KiB{usual}"
                 yield Finding("slow link", text, _peers(ends))
             elif link.spread_s > max(UNSTEADY_S, link.round_trip_s / 2):
                 trips = f"its round trips take {_ms(link.round_trip_s)}, give or take {_ms(link.spread_s)}"
-                text = f"{_way(ends)} is unsteady: {trips}"
+                text = f"{_way(ends, names)} is unsteady: {trips}"
                 yield Finding("unsteady link", text, _peers(ends))
 
 
 def _unmeasured(
-    records: Sequence[NodeRecord], snapshot: Snapshot, now_s: float, silent: Mapping[PeerId, str]
+    records: Sequence[NodeRecord], snapshot: Snapshot, names: Names, now_s: float, silent: Mapping[PeerId, str]
 ) -> Iterable[Finding]:
     """In a large swarm only neighbours are expected to know each other."""
     gaps: list[Pair] = []
@@ -229,21 +238,21 @@ def _unmeasured(
         for member in grown:
             if member.prefill_time_s == 0 or member.memory_bytes == 0:
                 what = "how fast it reads prompts" if member.prefill_time_s == 0 else "its memory"
-                yield Finding("unmeasured", f"node {short(member.peer)} does not say {what}", (member.peer,))
+                yield Finding("unmeasured", f"node {names[member.peer]} does not say {what}", (member.peer,))
     text = "{} never measured: plans assume it is as slow as the slower of its ends' middle links"
     yield from _together(
-        gaps, "unmeasured", text, "{} of the ways of node {} were never measured: is it behind a firewall?"
+        gaps, names, "unmeasured", text, "{} of the ways of node {} were never measured: is it behind a firewall?"
     )
 
 
-def _stale(snapshot: Snapshot) -> Iterable[Finding]:
+def _stale(snapshot: Snapshot, names: Names) -> Iterable[Finding]:
     old = {ends: link.age_s for ends, link in snapshot.links.items() if link.age_s > STALE_S}
     text = f"{{}} last measured {_minutes(max(old.values(), default=0.0))} ago; it may be quite another by now"
     many = "{} of the ways of node {} were not measured for minutes"
-    yield from _together(sorted(old), "stale", text, many)
+    yield from _together(sorted(old), names, "stale", text, many)
 
 
-def _together(gaps: Sequence[Pair], kind: Kind, text: str, many: str) -> Iterable[Finding]:
+def _together(gaps: Sequence[Pair], names: Names, kind: Kind, text: str, many: str) -> Iterable[Finding]:
     """Pairs one by one, but those of a node that has many of them as one finding."""
     left = list(gaps)
     while left:
@@ -254,10 +263,10 @@ def _together(gaps: Sequence[Pair], kind: Kind, text: str, many: str) -> Iterabl
         worst = max(sorted(counts), key=counts.__getitem__)
         if counts[worst] <= MANY:
             break
-        yield Finding(kind, many.format(counts[worst], short(worst)), (worst,))
+        yield Finding(kind, many.format(counts[worst], names[worst]), (worst,))
         left = [ends for ends in left if worst not in ends]
     for ends in left:
-        yield Finding(kind, text.format(f"{_way(ends)} was"), _peers(ends))
+        yield Finding(kind, text.format(f"{_way(ends, names)} was"), _peers(ends))
 
 
 def _by_model(records: Sequence[NodeRecord]) -> dict[ModelId, list[NodeRecord]]:
@@ -275,9 +284,9 @@ def _is_unknown(link: Link | None) -> bool:
     return link is None or math.isinf(link.bytes_per_s)
 
 
-def _way(ends: Pair) -> str:
+def _way(ends: Pair, names: Names) -> str:
     one, other = ends
-    return f"our way to node {short(other)}" if one == "client" else f"the link {short(one)} – {short(other)}"
+    return f"our way to node {names[other]}" if one == "client" else f"the link {names[one]} – {names[other]}"
 
 
 def _peers(ends: Pair) -> tuple[PeerId, ...]:

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import dijkstra
 
 from bsns.core.errors import BadSnapshot
-from bsns.core.snapshot import Link, NodeView, Pair, Snapshot, check_node, pair, slower
+from bsns.core.snapshot import ASSUMED_LINK, ASSUMED_WORDS, Link, NodeView, Pair, Snapshot, check_node, pair, slower
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -24,8 +24,6 @@ REFERENCE_BYTES = 8192
 """One token's hidden state of 4096 numbers, two bytes each."""
 MOST_POINTS = 200
 """Persistence looks at no more nodes than this."""
-ASSUMED_S = 0.01 + REFERENCE_BYTES / 12.5e6
-"""Between nodes of a swarm in which no link at all was measured."""
 SHORTEST_S = 1e-9
 """A measured link of no length still is a link: sparse graphs hold no zeros."""
 
@@ -47,9 +45,10 @@ def distances(snapshot: Snapshot, *, size_bytes: float = REFERENCE_BYTES, most: 
     """The distances between the nodes, or between `most` that lie well spread over a larger swarm.
 
     The sample is a greedy permutation: each next node is the one farthest from those before it (Gonzalez, Theoretical
-    Computer Science 38, 1985); it begins with the fastest node. A link that was not measured
-    counts as the shortest way over those that were, nodes that no way joins as lying apart as far as any two known
-    ones; `assumptions` says so. Raises BadSnapshot for a swarm without nodes and for impossible figures.
+    Computer Science 38, 1985); it begins with the fastest node. A link that was not measured counts as the shortest way
+    over those that were, nodes that no way joins as lying apart as far as any two known ones, and every link as
+    `ASSUMED_LINK` where none was measured; `assumptions` says so. Raises BadSnapshot for a swarm without nodes and for
+    impossible figures.
     """
     count = len(snapshot.nodes)
     if not count:
@@ -65,17 +64,20 @@ def distances(snapshot: Snapshot, *, size_bytes: float = REFERENCE_BYTES, most: 
         matrix_MM, radius_s = _rows(graph, index_M), 0.0
     else:
         index_M, matrix_MM, radius_s = _spread(graph, _fastest(snapshot.nodes), most)
-    missing = count * (count - 1) // 2 - len(links)
-    if missing:
+    possible = count * (count - 1) // 2
+    missing = possible - len(links)
+    if missing and links:
         notes.append(
-            f"{missing} of {count * (count - 1) // 2} links were not measured; each counts as the shortest way over "
-            "those that were"
+            f"{missing} of {possible} links {'was' if missing == 1 else 'were'} not measured; each counts as the "
+            "shortest way over those that were"
         )
     if np.isinf(matrix_MM).any():
-        known = matrix_MM[np.isfinite(matrix_MM)]
-        farthest_s = float(known.max()) if known.max() > 0 else ASSUMED_S
+        known_s = float(matrix_MM[np.isfinite(matrix_MM)].max())
+        farthest_s = known_s or ASSUMED_LINK.transfer_s(size_bytes)
         matrix_MM = np.where(np.isinf(matrix_MM), farthest_s, matrix_MM)
-        notes.append("no measured way joins some of the nodes; they are assumed to lie as far apart as any two known")
+        who = "no measured way joins some of the nodes; they" if links else "no link was measured; the nodes"
+        far = "to lie as far apart as any two known" if known_s else f"to be joined by ways with {ASSUMED_WORDS}"
+        notes.append(f"{who} are assumed {far}")
         radius_s = min(radius_s, farthest_s)
     if count > most:
         notes.append(

@@ -44,7 +44,7 @@ class Summary:
     brief_loops: int
     """Further loops, which close almost as soon as they open."""
     steps: tuple[tuple[float, int, int], ...]
-    """(distance_s, clusters, loops open) at some distances."""
+    """(distance_s, clusters, loops open) at some distances, `within_s` among them."""
 
 
 def summary(seen: Distances, diagrams: Diagrams, snapshot: Snapshot) -> Summary:
@@ -70,7 +70,7 @@ def summary(seen: Distances, diagrams: Diagrams, snapshot: Snapshot) -> Summary:
         between_s,
         lasting,
         len(loops) - len(lasting),
-        _steps(joined, diagrams),
+        _steps(joined, diagrams, within_s),
     )
 
 
@@ -86,11 +86,14 @@ def _separate(joined: list[Merge]) -> int:
     return count
 
 
-def _steps(joined: list[Merge], diagrams: Diagrams, rows: int = 6) -> tuple[tuple[float, int, int], ...]:
+def _steps(
+    joined: list[Merge], diagrams: Diagrams, within_s: float, rows: int = 6
+) -> tuple[tuple[float, int, int], ...]:
     if not joined:
         return ()
     distances = np.array([merge.distance_s for merge in joined])
-    at = np.unique(np.quantile(distances, np.linspace(0, 1, rows), method="nearest"))
+    spread = np.quantile(distances, np.linspace(0, 1, rows), method="nearest")
+    at = np.unique([*spread, within_s])
     opens, closes = diagrams.h1.T
     return tuple(
         (float(d), len(joined) + 1 - int((distances <= d).sum()), int(((opens <= d) & (d < closes)).sum())) for d in at

@@ -87,6 +87,21 @@ def test_many_nodes_have_their_links_in_a_list(capsys: pytest.CaptureFixture[str
     assert "Nothing looks wrong." in said
 
 
+@pytest.mark.parametrize("nodes", [2, 6])
+def test_eighty_characters_are_enough(
+    nodes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "out", Console(width=80, soft_wrap=True))
+    doctor.show(sight_of(nodes), [])
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for header in ("block", "prompt", "memory", "sessions", "…00000001"):
+        assert header in said, header
+    for line in said.splitlines():
+        assert not line.replace("…0000000", "").count("…"), line
+    assert ("16 links" in said) == (nodes == 6), "a matrix that does not fit is told as a list"
+
+
 def test_as_programs_read_it() -> None:
     value = json.loads(json.dumps(doctor.as_dict(sight_of(2), [Finding("clock", "late", (IDS[0],))])))
     assert [node["id"] for node in value["nodes"]] == IDS[:2]

@@ -10,7 +10,7 @@ import pytest
 from bsns.cli import console
 from bsns.cli.console import parse_seconds
 from bsns.cli.plan_picture import draw_plan
-from bsns.cli.plan_table import ONE_NODE, advice, as_dict, show
+from bsns.cli.plan_table import ONE_NODE, advice, as_dict, found_by, show
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.ids import ModelId, PeerId
@@ -69,6 +69,18 @@ def test_people_are_told_everything(capsys: pytest.CaptureFixture[str], monkeypa
 def test_a_proven_plan_says_that_none_is_better(capsys: pytest.CaptureFixture[str]) -> None:
     show(dataclasses.replace(PLAN, gap=0.0), SNAPSHOT, None)
     assert "no plan can be better" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("dynamic programming", "found by dynamic programming"),
+        ("joining (Petals) + replicas", "found by joining (Petals) + replicas"),
+        ("by speed (Parallax) + replicas", "found by speed (Parallax) + replicas"),
+    ],
+)
+def test_how_a_plan_was_found(method: str, words: str) -> None:
+    assert found_by(method) == words
 
 
 def test_programs_are_told_the_same() -> None:

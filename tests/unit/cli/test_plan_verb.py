@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from bsns.cli import console
 from bsns.cli.main import app, command
+from bsns.cli.schemas import app as schemas
 from bsns.core.snapshot import Snapshot
 
 SHAPE = {"name": "big", "block_bytes": 100, "block_count": 8, "hidden_bytes": 1000, "kv_bytes_per_token_per_block": 0}
@@ -139,6 +141,23 @@ def test_the_most_a_node_may_ask_leaves_the_others_as_they_are(desk: Desk) -> No
     assert [stage["node"] for stage in json.loads(out)["stages"]] == ["a"]
 
 
+def test_nodes_with_like_names_are_told_apart(desk: Desk) -> None:
+    desk.snapshot([node("aaaaaaaa-office-1"), node("bbbbbbbb-office-1"), node("[/c]", 0.5)], [])
+    picture = desk.folder / "plan.svg"
+    status, out, _ = desk.plan("--svg", str(picture))
+    assert status == 0
+    for name in ("…a-office-1", "…b-office-1", "[/c]"):
+        assert name in out, name
+        assert name in picture.read_text(), name
+    assert "…[/c]" not in out
+
+
+def test_a_seed_is_not_negative(desk: Desk) -> None:
+    desk.snapshot([node("a")], [])
+    status, _, err = desk.plan("--seed", "-1")
+    assert (status, "--seed" in err, "unexpected" in err) == (2, True, False)
+
+
 def test_a_model_larger_than_the_swarm_says_how_much_is_missing_and_what_would_fit(desk: Desk) -> None:
     gib = 2**30
     desk.shape(SHAPE | {"block_bytes": gib})
@@ -147,6 +166,22 @@ def test_a_model_larger_than_the_swarm_says_how_much_is_missing_and_what_would_f
     assert status == 2
     assert "2 GiB are missing" in err
     assert "int8" in err
+
+
+def test_schemas_for_another_objective_or_model_are_told_of(desk: Desk) -> None:
+    desk.snapshot([node("a"), node("b")], [link("a", "b")])
+    library, swarm = desk.folder / "schemas.json", desk.folder / "swarm.json"
+    built = CliRunner().invoke(
+        schemas, ["build", str(desk.folder / "shape.json"), "--topologies", str(swarm), "--out", str(library)]
+    )
+    assert built.exit_code == 0
+    assert desk.plan("--schemas", str(library))[2] == ""
+    status, out, err = desk.plan("--schemas", str(library), "--objective", "latency")
+    assert (status, "schemas" in out) == (0, True)
+    assert "planned for throughput, not for latency" in err
+    desk.shape(SHAPE | {"block_count": 5})
+    status, _, err = desk.plan("--schemas", str(library))
+    assert (status, "built for big with 8 blocks, but big, which is to be planned, has 5 blocks" in err) == (2, True)
 
 
 def test_missing_files_and_shapes_are_one_line(desk: Desk) -> None:

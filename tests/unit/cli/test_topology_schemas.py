@@ -13,7 +13,7 @@ from bsns.cli.schemas import read_swarms
 from bsns.cli.topology import drawn, topology
 from bsns.core.errors import BadOption, BadSnapshot
 from bsns.core.ids import ModelId
-from bsns.core.snapshot import ModelShape
+from bsns.core.snapshot import ModelShape, Snapshot
 
 app = typer.Typer()
 app.command()(topology)
@@ -38,6 +38,13 @@ def test_a_snapshot_file_as_json(tmp_path):
     told = json.loads(ended.stdout)
     assert told["nodes"] == 7
     assert [point[1] for point in told["diagrams_ms"]["plain"]["h0"]].count(None) == 1
+
+
+def test_a_random_swarm_can_be_kept(tmp_path):
+    file = tmp_path / "office.json"
+    assert run(app, "--synthetic", "lan_wan:6:3", "--save-snapshot", file).exit_code == 0
+    assert Snapshot.from_json(file.read_bytes()) == drawn("lan_wan:6:3")
+    assert run(app, "--synthetic", "uniform:3", "--save-snapshot", tmp_path / "no" / "where").exit_code == 2
 
 
 def test_what_was_named_counts_for_more_than_an_invite_in_the_environment(monkeypatch):
@@ -74,12 +81,22 @@ def test_schemas_are_built_and_shown(tmp_path):
     assert built.exit_code == 0, built.output
     assert json.loads(built.stdout)["bytes"] == file.stat().st_size
     shown = run(schemas, "show", file)
-    assert "toy, 8 blocks, 3 schemas" in shown.output
+    assert "toy, 8 blocks, 3 schemas, planned for throughput" in shown.output
     swarms = tmp_path / "swarms.json"
     swarms.write_bytes(b"[" + b",".join(drawn(f"uniform:6:{seed}").to_json() for seed in range(2)) + b"]")
     again = run(schemas, "build", shape, "--topologies", swarms, "--deadline", "1ms", "--out", file, "--json")
     assert len(json.loads(again.stdout)["schemas"]) == 2
     assert run(schemas, "show", shape).exit_code == 2
+
+
+def test_a_library_without_a_schema_is_not_written(tmp_path):
+    shape, swarm, file = tmp_path / "shape.json", tmp_path / "swarm.json", tmp_path / "schemas.json"
+    shape.write_text(json.dumps({"name": "toy", "block_bytes": 10**9, "block_count": 8, "hidden_bytes": 4096}))
+    swarm.write_text(json.dumps({"nodes": [{"peer": "a", "block_time_s": 0.001, "memory_bytes": 90}], "links": []}))
+    built = run(schemas, "build", shape, "--topologies", swarm, "--out", file)
+    assert built.exit_code == 2
+    assert "toy does not fit the swarm" in built.output
+    assert not file.exists()
 
 
 def test_lists_of_snapshots():

@@ -21,6 +21,12 @@ def test_named_objectives() -> None:
     assert Objective.named("mixed").value(2.0, 5.0) == 3.5
     with pytest.raises(BadOption, match="throughput, latency, mixed"):
         Objective.named("beauty")
+    assert [Objective.named(name).name for name in ("throughput", "latency", "mixed")] == [
+        "throughput",
+        "latency",
+        "mixed",
+    ]
+    assert Objective(1.0, 2.0).name == "1 × slowest stage + 2 × latency"
 
 
 @pytest.mark.parametrize("weights", [(0.0, 0.0), (-1.0, 2.0), (math.nan, 1.0), (math.inf, 0.0)])

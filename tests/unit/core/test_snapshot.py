@@ -73,6 +73,7 @@ def test_a_link_that_differs_by_direction_counts_as_the_slower_and_says_so() -> 
         (with_node(block_time_s=-1.0), "block_time_s is -1.0"),
         (with_node(block_time_s=0.0), "block_time_s is 0"),
         (with_node(memory_bytes=-5), "memory_bytes is -5"),
+        (with_node(memory_bytes=0.5), "node a: memory_bytes is 0.5, which is no whole number"),
         (with_node(block_time_s=1e300), "block_time_s"),
         (with_node(reputation=-0.1), "reputation"),
         (with_node(reputation=1.1), "reputation is 1.1"),
@@ -134,20 +135,38 @@ def test_a_bad_shape_says_what_is_wrong(changes: dict[str, Any], words: str) -> 
 def test_a_shape_from_a_file() -> None:
     equal = b'{"name": "big", "block_bytes": 7, "block_count": 3, "hidden_bytes": 2}'
     assert ModelShape.from_json(equal) == ModelShape(ModelId("big"), "big", (7, 7, 7), 0, 2)
+    whole = b'{"name": "big", "block_bytes": 7e9, "block_count": 1, "hidden_bytes": 2.0}'
+    assert ModelShape.from_json(whole) == ModelShape(ModelId("big"), "big", (7_000_000_000,), 0, 2)
     own = b'{"name": "big", "block_bytes": [1, 2], "hidden_bytes": 2, "block_work": [0.5, 1.5], "model": "id"}'
     assert ModelShape.from_json(own) == ModelShape(ModelId("id"), "big", (1, 2), 0, 2, (0.5, 1.5))
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("changes", "words"),
     [
-        b"no",
-        b'{"name": "x", "block_bytes": 7, "hidden_bytes": 2}',
-        b'{"name": "x", "block_bytes": 7, "block_count": 1000000, "hidden_bytes": 2}',
-        b'{"name": "x", "block_bytes": [], "hidden_bytes": 2}',
-        b'{"name": "x", "block_bytes": [7], "hidden_bytes": -2}',
+        ({"block_count": None}, "give block_count too"),
+        ({"block_count": 0}, "block_count is 0"),
+        ({"block_count": 1_000_000}, "block_count is 1000000"),
+        ({"block_bytes": []}, "lists 0 blocks"),
+        ({"block_bytes": [], "block_count": None}, "no blocks"),
+        ({"block_bytes": [7, 7, 7]}, "block_count is 2, but block_bytes lists 3 blocks"),
+        ({"block_bytes": [7, 7.5]}, "block_bytes is 7.5, which is no whole number"),
+        ({"hidden_bytes": -2}, "negative"),
+        ({"hidden_bytes": 1e300}, "a size"),
+        ({"name": ""}, "cannot be a model's name"),
+        ({"name": "\x1b[31mred"}, "cannot be a model's name"),
+        ({"name": "m\u202e"}, "cannot be a model's name"),
+        ({"model": "\n"}, "cannot be a model's name"),
+        ({"dtype": "float17"}, "dtype is 'float17'; use one of float32"),
     ],
 )
-def test_a_bad_shape_file_is_refused(text: bytes) -> None:
-    with pytest.raises(BadSnapshot):
-        ModelShape.from_json(text)
+def test_a_bad_shape_file_says_what_is_wrong(changes: dict[str, Any], words: str) -> None:
+    good = {"name": "x", "block_bytes": 7, "block_count": 2, "hidden_bytes": 2}
+    ModelShape.from_json(json.dumps(good).encode())
+    with pytest.raises(BadSnapshot, match=words):
+        ModelShape.from_json(json.dumps(good | changes).encode())
+
+
+def test_what_is_no_shape_file() -> None:
+    with pytest.raises(BadSnapshot, match="not a model's shape"):
+        ModelShape.from_json(b"no")

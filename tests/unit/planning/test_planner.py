@@ -166,7 +166,7 @@ def test_the_network_says_what_each_way_costs(dense: bool) -> None:
     network = Network.of(snapshot, shape(), cache_tokens=7, client_s=0.001)
     one = network.problem(range(30))
     assert np.allclose(one.hop_NN, hops_by_hand(snapshot, shape().hidden_bytes))
-    assert bool(one.assumptions) == (not dense)
+    assert any("links were not measured" in note for note in one.assumptions) == (not dense)
     some = network.problem([9, 2, 17])
     assert np.allclose(some.hop_NN, one.hop_NN[np.ix_([9, 2, 17], [9, 2, 17])])
     assert some.time_N.tolist() == one.time_N[[9, 2, 17]].tolist()

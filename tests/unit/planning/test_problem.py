@@ -10,8 +10,8 @@ import pytest
 from bsns.core.errors import BadSnapshot
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.plan import Objective
-from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot, pair
-from bsns.planning.network import ASSUMED_BYTES_PER_S, ASSUMED_ROUND_TRIP_S, chain_problem
+from bsns.core.snapshot import ASSUMED_LINK, Link, ModelShape, NodeView, Snapshot, pair
+from bsns.planning.network import chain_problem
 from bsns.planning.problem import Stage
 
 SHAPE = ModelShape(ModelId("m"), "m", (100, 100, 200), kv_bytes_per_token_per_block=2, hidden_bytes=1000)
@@ -53,8 +53,21 @@ def test_an_unmeasured_link_is_as_slow_as_the_slower_of_its_ends_and_says_so() -
     assert problem.hop_NN[0, 2] == problem.hop_NN[2, 0] == pytest.approx(0.015)
     assert "1 of 3 links" in problem.assumptions[0]
     nothing = chain_problem(Snapshot(0.0, NODES), SHAPE)
-    assert nothing.hop_NN[0, 1] == pytest.approx(ASSUMED_ROUND_TRIP_S / 2 + 1000 / ASSUMED_BYTES_PER_S)
+    assert nothing.hop_NN[0, 1] == pytest.approx(ASSUMED_LINK.transfer_s(1000))
+    assert "no link was measured; each is assumed to have a round trip of 20 ms and 12.5 MB/s" in nothing.assumptions
     assert np.diag(nothing.hop_NN).tolist() == [0, 0, 0]
+
+
+def test_a_node_without_any_link_is_told_of() -> None:
+    problem = chain_problem(Snapshot(0.0, NODES, {pair(A, B): Link(0.010)}), SHAPE)
+    assert problem.hop_NN[0, 2] == pytest.approx(0.005)
+    assert "the median of all links" in problem.assumptions[1]
+
+
+def test_ways_of_no_client_count_nothing_and_that_is_said() -> None:
+    problem = chain_problem(Snapshot(0.0, NODES, LINKS), SHAPE)
+    assert problem.entry_N.tolist() == problem.exit_N.tolist() == [0, 0, 0]
+    assert "0 ms" in problem.assumptions[0]
 
 
 def test_a_node_the_client_did_not_reach_is_as_far_as_its_farthest() -> None:

@@ -101,6 +101,8 @@ def test_building_skips_and_counts_what_cannot_hold_the_model():
         SHAPE, [poor, draw("uniform", 6, 1)], objective=THROUGHPUT, rng=np.random.default_rng(0), clock=at_once
     )
     assert (len(made.schemas), made.skipped) == (1, 1)
+    with pytest.raises(NotEnoughMemory, match="fits none of the 2 swarms"):
+        build(SHAPE, [poor, poor], objective=THROUGHPUT, rng=np.random.default_rng(0), clock=at_once)
 
 
 @pytest.mark.parametrize("key", KEYS)

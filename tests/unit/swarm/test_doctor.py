@@ -79,6 +79,16 @@ def test_an_empty_swarm() -> None:
     assert "bsns serve" in finding.text
 
 
+def test_nodes_with_like_names_are_told_apart() -> None:
+    records = [
+        node("a", peer=PeerId("aaaaaaaa-office-1"), cache_tokens_left=10),
+        node("b", peer=PeerId("bbbbbbbb-office-1")),
+        node("c"),
+    ]
+    texts = [finding.text for finding in findings(records, snapshot(records, NOW_S), NOW_S)]
+    assert any("the cache of node …a-office-1 is nearly full" in text for text in texts)
+
+
 @pytest.mark.parametrize(
     ("records", "expected"),
     [

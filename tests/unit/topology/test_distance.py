@@ -8,8 +8,8 @@ import pytest
 
 from bsns.core.errors import BadSnapshot
 from bsns.core.ids import PeerId
-from bsns.core.snapshot import Link, NodeView, Snapshot
-from bsns.topology.distance import ASSUMED_S, distances, symmetric
+from bsns.core.snapshot import ASSUMED_LINK, Link, NodeView, Snapshot
+from bsns.topology.distance import distances, symmetric
 from bsns.topology.synthetic import synthetic
 
 
@@ -46,8 +46,12 @@ def test_parts_that_no_way_joins():
 
 def test_nothing_measured_at_all():
     seen = distances(swarm(3, {}))
-    assert seen.matrix_MM[0, 1] == ASSUMED_S
+    assert seen.matrix_MM[0, 1] == ASSUMED_LINK.transfer_s(8192)
+    assert seen.assumptions == (
+        "no link was measured; the nodes are assumed to be joined by ways with a round trip of 20 ms and 12.5 MB/s",
+    )
     assert distances(swarm(1, {})).matrix_MM.tolist() == [[0.0]]
+    assert distances(swarm(1, {})).assumptions == ()
 
 
 def test_links_of_no_length_are_links():

@@ -70,6 +70,7 @@ def test_a_summary_finds_the_clusters():
     assert len(told.clusters) > 1
     assert sum(map(len, told.clusters)) == 24
     assert told.within_s < 1.5e-3 < 5e-3 < told.between_s
+    assert (told.within_s, len(told.clusters)) in [(distance_s, groups) for distance_s, groups, _ in told.steps]
     for group in told.clusters:
         for peer in group:
             near = [other for other in group if other != peer]
