@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bsns.core.errors import PositionGap
 from bsns.protocol.frames import Buffer
 
@@ -36,13 +34,15 @@ class Journal:
         self._rows += rows
         self._last = (position, wanted)
 
-    def replay(self) -> Iterator[tuple[int, bytes, int]]:
-        """Everything as steps: position, rows, and how many of them are wanted, which only of the last are any."""
+    def step(self, position: int) -> tuple[bytes, int] | None:
+        """The rows of the next step of a replay that has come to `position`, and how many of them are wanted: only of
+        the step written last are any. None at the end."""
         start, wanted = self._last
-        for position in range(0, start, REPLAY_ROWS):
-            yield position, self._read(position, min(position + REPLAY_ROWS, start)), 0
-        if start < self.end:
-            yield start, self._read(start, self.end), wanted
+        if position >= self.end:
+            return None
+        if position < start:
+            return self._read(position, min(position + REPLAY_ROWS, start)), 0
+        return self._read(position, self.end), min(wanted, self.end - position)
 
     def _read(self, start: int, end: int) -> bytes:
         return bytes(self._rows[start * self.row_bytes : end * self.row_bytes])

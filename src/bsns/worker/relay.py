@@ -45,6 +45,16 @@ class Relay:
         except BsnsError as error:
             raise error.about(peer) from None
 
+    async def send(self, peer: PeerId, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        """As `post`, but wait while much lies unsent."""
+        stream = self._streams.get(peer)
+        if stream is None:
+            raise PeerLost(f"the stream to the next stage {peer} closed").about(peer)
+        try:
+            await stream.send(message, buffers)
+        except BsnsError as error:
+            raise error.about(peer) from None
+
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure there is a stream. Raises PeerError."""
         lock = self._locks.setdefault((peer, tuple(addresses)), asyncio.Lock())

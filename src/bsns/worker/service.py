@@ -44,7 +44,7 @@ from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.executor import Executor
 from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
-from bsns.worker.sessions import Session, SessionTable
+from bsns.worker.sessions import Replay, Session, SessionTable
 
 log = structlog.get_logger(__name__)
 
@@ -235,19 +235,28 @@ class Worker:
     async def _replay(self, stream: Stream, session: Session, peer: PeerId, addresses: Sequence[str]) -> None:
         try:
             await self._relay.connect(peer, addresses)
-            if self.sessions.get(session.id) is not session:
-                return
-            # from here on without a pause: what is computed meanwhile follows what is replayed
-            session.next, session.next_addresses = peer, tuple(addresses)
-            assert session.journal is not None
-            for position, rows, wanted in session.journal.replay():
-                count = len(rows) // session.journal.row_bytes
-                tensors = (TensorSpec.raw("hidden", self._dtype, (count, self._hidden_size)),)
-                self._relay.post(peer, Step((Part(session.id, position, count, wanted),), tensors), [rows])
         except BsnsError as error:
             self._post(stream, Rerouted(session.id, error.code, error.message, error.peer or peer))
-        else:
-            self._post(stream, Rerouted(session.id))
+            return
+        if self.sessions.get(session.id) is not session:
+            return
+        session.next, session.next_addresses = peer, tuple(addresses)
+        replay = session.replay = Replay()
+        self._post(stream, Rerouted(session.id))
+        assert session.journal is not None
+        try:
+            while (step := session.journal.step(replay.position)) is not None:
+                rows, wanted = step
+                part = Part(session.id, replay.position, len(rows) // session.journal.row_bytes, wanted)
+                replay.position += part.rows
+                tensors = (TensorSpec.raw("hidden", self._dtype, (part.rows, self._hidden_size)),)
+                await self._relay.send(peer, Step((part,), tensors), [rows])
+                if session.replay is not replay:
+                    return  # it was led elsewhere meanwhile
+        except BsnsError as error:
+            self._report(self._clients.get(session.client), session.id, error.about(peer))
+        if session.replay is replay:
+            session.replay = None
 
     def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
         """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for a whole frame."""
@@ -336,6 +345,9 @@ class Worker:
             work.session.done = part.position + part.rows
             if work.session.journal is not None:
                 work.session.journal.write(part.position, output, part.wanted)
+            if (replay := work.session.replay) is not None:
+                replay.position = min(replay.position, part.position)  # it follows, through the journal
+                continue
             if part.position + part.rows <= work.session.passes_from:
                 continue  # a replay: whoever comes after has it
             groups[(onward is not None, onward or work.session.client)].append((work, output))

@@ -16,6 +16,14 @@ MAX_TEXT = 256
 
 
 @dataclass(slots=True)
+class Replay:
+    """A session's journal on its way to a new next stage; what is computed meanwhile follows through the journal."""
+
+    position: int = 0
+    """How far it has come."""
+
+
+@dataclass(slots=True)
 class Session:
     """One session on this stage."""
 
@@ -38,6 +46,7 @@ class Session:
     """On which of the node's ranges it runs, to its end; `blocks` lie in it."""
     passes_from: int = 0
     """Outputs before this position are not passed on: the next stage has them."""
+    replay: Replay | None = None
     journal: Journal | None = None
     """What was passed on, or would have been; the last stage of a route has none."""
 

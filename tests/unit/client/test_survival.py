@@ -15,7 +15,7 @@ from tiny_models import prompt
 from bsns.client.generate import CHUNK_ROWS, Generator, Piece, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import MissingBlocks
+from bsns.core.errors import CacheFull, MissingBlocks
 from bsns.core.ids import PeerId
 from bsns.worker.batching import Batch
 from bsns.worker.faults import FaultyWorker
@@ -327,4 +327,36 @@ async def test_a_client_whose_own_network_is_gone_for_a_while_goes_on_where_it_w
     assert tokens + await asyncio.wait_for(waiting, 10) == undisturbed
     assert [hop.peer for hop in stats.route] == ["a0", "a1", "a2"]
     assert client.repairs == 0
+    await scene.freed()
+
+
+async def test_two_hundred_answers_at_once_on_a_full_swarm(scene: Scene) -> None:
+    """There is room for ten: whoever is refused hears so, whoever is not is answered, and nobody is forgotten."""
+    for number, name in enumerate(("a0", "a1", "a2")):
+        executor = TorchExecutor(scene.stages[number], dtype="float32")
+        await scene.swarm.add_node(name, executor, block_count=CUTS[-1], context_tokens=512, cache_tokens=10 * 24)
+    client = scene.client()
+    options = SamplingOptions(max_tokens=20)
+    undisturbed = await answer(client, prompt(4), options)
+    tasks = [answer(client, prompt(4), options) for _ in range(200)]
+    outcomes = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
+    answered = [outcome for outcome in outcomes if outcome == undisturbed]
+    refused = [outcome for outcome in outcomes if isinstance(outcome, CacheFull)]
+    assert len(answered) >= 10
+    assert len(answered) + len(refused) == 200
+    await scene.freed()
+
+
+async def test_an_answer_given_up_is_freed_though_a_stage_is_frozen(scene: Scene) -> None:
+    await scene.start()
+    stream = scene.client().stream(prompt(9), GREEDY)
+    for _ in range(5):
+        await anext(stream)
+    scene.swarm.network.freeze(PeerId("a1"))
+    started_s = time.monotonic()
+    await stream.aclose()
+    others = [scene.swarm.nodes[name].worker for name in ("a0", "a2")]
+    await until(lambda: not any(len(worker.sessions) for worker in others), 2.0)
+    assert time.monotonic() - started_s < 2.0
+    scene.swarm.network.sound(PeerId("a1"))
     await scene.freed()

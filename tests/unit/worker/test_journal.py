@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bsns.core.errors import PositionGap
 from bsns.worker.journal import REPLAY_ROWS, Journal
 
-STEPS = st.lists(st.tuples(st.integers(0, 400), st.integers(1, 200), st.integers(0, 3)), max_size=12)
+STEPS = st.lists(st.tuples(st.integers(0, 400), st.integers(1, 200), st.integers(0, 1)), max_size=12)
 
 
 @given(steps=STEPS)
@@ -27,11 +27,12 @@ def test_a_replay_is_what_was_sent_last_at_every_position(steps: list[tuple[int,
         rows[position:] = sent
         last = (position, wanted)
     assert journal.end == len(rows)
-    replay = list(journal.replay())
-    assert b"".join(piece for _, piece, _ in replay) == b"".join(rows)
     reached = 0
-    for position, piece, wanted in replay:
-        assert position == reached
+    while (step := journal.step(reached)) is not None:
+        piece, wanted = step
+        position = reached
         reached += len(piece) // 2
+        assert piece == b"".join(rows[position:reached])
         assert len(piece) <= 2 * max(REPLAY_ROWS, 200)
         assert wanted == (last[1] if reached == len(rows) and position == last[0] else 0)
+    assert reached == len(rows)
