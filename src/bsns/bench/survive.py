@@ -180,7 +180,7 @@ class Bench:
                 numbers.append(number)
 
         outcome = await self._answer(options, strike)
-        assert numbers, "the fault struck nobody"
+        assert numbers, f"the fault struck nobody: {outcome.error}"
         for number in numbers:
             if fault in UNDO:
                 self.swarm.processes[number].send_signal(UNDO[fault])

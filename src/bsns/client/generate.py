@@ -208,8 +208,10 @@ class Generator:
         await self._links.close()
         await self._decoder.close()
 
-    async def _open(self, max_tokens: int, tries: int = 3) -> Session:
-        """A session on the best route; a peer that refuses or does not answer is avoided in the next try."""
+    async def _open(self, max_tokens: int) -> Session:
+        """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
+        after the deadline."""
+        give_up_s = time.monotonic() + self._deadline_s
         avoid: set[PeerId] = set()
         refusal: BsnsError | None = None
         while True:
@@ -222,11 +224,11 @@ class Generator:
                 await session.open(self._deadline_s)
             except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
                 self._release(route)
-                tries, refusal = tries - 1, error
+                refusal = error
                 if error.peer is not None:
                     self._blame(error.peer, error)
                 blamed = {error.peer} if error.peer is not None else {hop.peer for hop in route}
-                if tries == 0 or blamed <= avoid:
+                if time.monotonic() > give_up_s or blamed <= avoid:
                     raise
                 avoid |= blamed
             except BaseException:

@@ -360,3 +360,15 @@ async def test_an_answer_given_up_is_freed_though_a_stage_is_frozen(scene: Scene
     assert time.monotonic() - started_s < 2.0
     scene.swarm.network.sound(PeerId("a1"))
     await scene.freed()
+
+
+async def test_many_dead_nodes_that_are_still_announced_do_not_keep_an_answer_from_beginning(scene: Scene) -> None:
+    await scene.start(*ALL)
+    dead = ["a0", "a1", "a2", *(f"a{n}{twin}" for n in range(3) for twin in "xy")]
+    for name in dead[3:]:
+        await scene.add(name)
+    scene.kill(*dead)
+    stats = Stats()
+    said = [piece async for piece in scene.client().stream(prompt(9), GREEDY, stats)]
+    assert (len(said), [hop.peer for hop in stats.route]) == (40, ["b0", "b1", "b2"])
+    await scene.freed()
