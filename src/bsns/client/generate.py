@@ -30,6 +30,7 @@ from bsns.core.errors import (
     PeerTimedOut,
     PromptTooLong,
     ProtocolError,
+    Remedy,
     SwarmError,
 )
 from bsns.core.ids import ModelId, PeerId, SessionId
@@ -252,10 +253,12 @@ class Generator:
         async with reader.feeding:
             if again:
                 reader.sent = 0
-            while (start := reader.sent) < (goal := reader.goal):
+            link = reader.session.first
+            while (start := reader.sent) < (goal := reader.goal) and reader.session.first is link:
                 end = min(start + CHUNK_ROWS, goal)
                 hidden = await self._decoder.embed(reader.tokens[start:end], start)
-                link = reader.session.first
+                if reader.session.first is not link:
+                    return  # whoever put another in its place begins again
                 reader.sent = end
                 try:
                     async with asyncio.timeout(self._deadline_s):
@@ -408,7 +411,15 @@ class Generator:
         reader = self._readers.get(session)
         if reader is None:
             return
-        doubtful = error.peer != teller and (teller in reader.lost or teller in reader.former)
+        route = [hop.peer for hop in reader.session.route]
+        if teller not in route:  # it is none of its business, or not any more, or not yet
+            if reader.mending is not None:
+                reader.early[teller] = error
+            return
+        if error.remedy is Remedy.TELL_USER or (error.peer not in route and error.peer not in reader.former):
+            # nothing that a stage may tell an answer's user, or of somebody it knows nothing of
+            error = PeerFailed(f"node {teller} failed: {error.message}").about(teller)
+        doubtful = error.peer != teller and teller in reader.lost
         if not doubtful or isinstance(error, ProtocolError):
             self._repairs.lose(reader, error.peer, error)
 

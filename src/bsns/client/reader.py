@@ -53,6 +53,7 @@ class Reader:
         self.through = end
         self.cause = self.trouble = None
         self.setbacks = 0
+        self.deaf_since_s = None
         self.progress.clear()
 
     @property

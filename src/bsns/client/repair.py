@@ -92,6 +92,10 @@ class Repairs:
                     unfit.clear()  # whoever was may be back
                     await asyncio.sleep(min(MOST_AGAIN_S, AGAIN_S * 2**reader.setbacks))
                     reader.setbacks += 1
+                except BsnsError as error:  # the directory does not answer, say
+                    reader.trouble = PeerFailed(f"a stage was lost, and looking for another failed: {error.message}")
+                    await asyncio.sleep(min(MOST_AGAIN_S, AGAIN_S * 2**reader.setbacks))
+                    reader.setbacks += 1
         except Exception as error:
             log.exception("a repair failed")
             reader.heard.put_nowait(PeerFailed(f"a stage was lost, and replacing it failed: {error!r}"))
@@ -106,6 +110,7 @@ class Repairs:
         old = session.route[start:end]
         staying = {hop.peer for hop in (*session.route[:start], *session.route[end:])}
         blocks = BlockRange(old[0].blocks.start, old[-1].blocks.end)
+        reader.early.clear()
         try:
             await session.replace(start, end, hops, passes_from=reader.through, deadline_s=ATTEMPT_S)
         except BaseException as error:
@@ -115,9 +120,12 @@ class Repairs:
             log.info("a spare could not take a lost stage's place", blocks=str(blocks), reason=error.message)
             if error.peer is not None:
                 self._blame(error.peer, error)
-            if error.peer is not None and error.peer in staying:
+            # a neighbour that does not turn to the spare may not reach it: once, the spare is to blame
+            if error.peer is not None and error.peer in staying and reader.setbacks:
                 reader.lost.setdefault(error.peer, error)
-            unfit.update({error.peer} if error.peer is not None else {hop.peer for hop in hops})
+            reader.setbacks += 1
+            asked = {hop.peer for hop in hops}
+            unfit.update({error.peer} if error.peer in asked else asked)
             return
         self._release(old)
         for hop in old:

@@ -51,6 +51,7 @@ log = structlog.get_logger(__name__)
 SHORT_S = 0.05
 """Batches expected to take less are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
 BUSY_S = 1.0
+MAX_REWINDS = 64
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
 
@@ -83,6 +84,7 @@ class Worker:
         self._busy = False
         self._clients: dict[PeerId, Stream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._replays: dict[SessionId, asyncio.Task[None]] = {}
         self._rss_bytes = rss_bytes
         self._probes = ProbeLimiter()
         self._worked_s = -math.inf
@@ -228,9 +230,26 @@ class Worker:
             return
         session.previous = message.previous_peer
         if message.again and message.next_peer is not None:
-            self._spawn(self._replay(stream, session, message.next_peer, message.next_addresses))
+            self._stop_replay(session.id)  # whatever was begun before is out of date
+            task = self._spawn(self._replay(stream, session, message.next_peer, message.next_addresses))
+            self._replays[session.id] = task
         else:
             self._post(stream, Rerouted(session.id))
+
+    def _follow(self, session: Session, replay: Replay, position: int) -> None:
+        """What was computed during a replay follows through the journal; what was computed anew is sent anew."""
+        if position >= replay.position:
+            return
+        replay.position, replay.rewinds = position, replay.rewinds + 1
+        if replay.rewinds > MAX_REWINDS:  # a ring of stages would keep itself busy for ever
+            self._stop_replay(session.id)
+            error = PeerFailed(f"a replay was overtaken {MAX_REWINDS} times by what it sends")
+            self._report(self._clients.get(session.client), session.id, error)
+
+    def _stop_replay(self, session: SessionId) -> None:
+        task = self._replays.pop(session, None)
+        if task is not None:
+            task.cancel()
 
     async def _replay(self, stream: Stream, session: Session, peer: PeerId, addresses: Sequence[str]) -> None:
         try:
@@ -238,9 +257,8 @@ class Worker:
         except BsnsError as error:
             self._post(stream, Rerouted(session.id, error.code, error.message, error.peer or peer))
             return
-        if self.sessions.get(session.id) is not session:
-            return
         session.next, session.next_addresses = peer, tuple(addresses)
+        session.passes_from = 0  # what the lost stage had not passed on, this one has to
         replay = session.replay = Replay()
         self._post(stream, Rerouted(session.id))
         assert session.journal is not None
@@ -251,12 +269,9 @@ class Worker:
                 replay.position += part.rows
                 tensors = (TensorSpec.raw("hidden", self._dtype, (part.rows, self._hidden_size)),)
                 await self._relay.send(peer, Step((part,), tensors), [rows])
-                if session.replay is not replay:
-                    return  # it was led elsewhere meanwhile
         except BsnsError as error:
             self._report(self._clients.get(session.client), session.id, error.about(peer))
-        if session.replay is replay:
-            session.replay = None
+        session.replay = None
 
     def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
         """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for a whole frame."""
@@ -346,7 +361,7 @@ class Worker:
             if work.session.journal is not None:
                 work.session.journal.write(part.position, output, part.wanted)
             if (replay := work.session.replay) is not None:
-                replay.position = min(replay.position, part.position)  # it follows, through the journal
+                self._follow(work.session, replay, part.position)
                 continue
             if part.position + part.rows <= work.session.passes_from:
                 continue  # a replay: whoever comes after has it
@@ -416,6 +431,7 @@ class Worker:
         return self._clients.get(held.client, sender)
 
     def _free(self, session: SessionId) -> None:
+        self._stop_replay(session)
         self._batcher.drop(session)
         for executor in self._executors.values():
             executor.close(session)
@@ -426,10 +442,11 @@ class Worker:
             for session in self.sessions.expire(self._now_s()):
                 self._free(session)
 
-    def _spawn(self, coroutine: object) -> None:
+    def _spawn(self, coroutine: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self._loop.create_task(coroutine)  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     @staticmethod
     def _now_s() -> float:

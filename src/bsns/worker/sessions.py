@@ -21,6 +21,7 @@ class Replay:
 
     position: int = 0
     """How far it has come."""
+    rewinds: int = 0
 
 
 @dataclass(slots=True)
@@ -267,6 +268,8 @@ class SessionTable:
 
 
 def _check_names(message: Open | Reroute) -> None:
+    if message.next_peer is not None and message.next_peer == message.previous_peer:
+        raise BadFrame("a route does not lead back to where it comes from")
     peers = [peer for peer in (message.previous_peer, message.next_peer) if peer is not None]
     if len(message.next_addresses) > MAX_ADDRESSES or any(
         len(text) > MAX_TEXT for text in (*peers, *message.next_addresses)

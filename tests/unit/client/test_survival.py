@@ -15,7 +15,7 @@ from tiny_models import prompt
 from bsns.client.generate import CHUNK_ROWS, Generator, Piece, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import CacheFull, MissingBlocks
+from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerLost, PromptTooLong
 from bsns.core.ids import PeerId
 from bsns.worker.batching import Batch
 from bsns.worker.faults import FaultyWorker
@@ -371,4 +371,35 @@ async def test_many_dead_nodes_that_are_still_announced_do_not_keep_an_answer_fr
     stats = Stats()
     said = [piece async for piece in scene.client().stream(prompt(9), GREEDY, stats)]
     assert (len(said), [hop.peer for hop in stats.route]) == (40, ["b0", "b1", "b2"])
+    await scene.freed()
+
+
+@pytest.mark.parametrize("error", [PromptTooLong("shorten it"), PeerLost("gone").about(PeerId("stranger"))])
+async def test_a_stage_cannot_end_an_answer_by_what_it_says(scene: Scene, error: BsnsError) -> None:
+    """It is taken for its own failure, whatever it says and of whom."""
+    await scene.start(*ALL)
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    stream = scene.client().stream(prompt(9), GREEDY)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    worker = scene.swarm.nodes["a1"].worker
+    (session,) = worker.sessions.all()
+    worker._report(worker._clients[session.client], session.id, error)
+    assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
+    await scene.freed()
+
+
+async def test_two_short_outages_of_the_clients_network_are_two(scene: Scene) -> None:
+    await scene.start(*ALL)
+    client = scene.client()
+    stream = client.stream(prompt(9), GREEDY)
+    (own,) = [transport.peer for generator, transport in scene.swarm.clients if generator is client]
+    for _ in range(2):
+        await anext(stream)
+        scene.swarm.network.freeze(own)
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(2.2)
+        scene.swarm.network.sound(own)
+        await asyncio.wait_for(waiting, 5)
+    assert client.repairs == 0
+    await stream.aclose()
     await scene.freed()

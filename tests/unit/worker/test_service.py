@@ -698,3 +698,24 @@ async def test_nobody_else_may_lead_a_session_around_or_ask_for_it(bench: Bench)
     assert (gone.code, gone.about) == ("PeerUnreachable", "nowhere")
     assert session.next == "second"
     assert await serves(bench, first)
+
+
+async def test_a_session_has_one_replay_at_a_time_and_none_when_it_is_closed(bench: Bench) -> None:
+    first, _ = await bench.node("first"), await bench.node("second")
+    caller = await bench.call(first)
+    onward = {"depth": 2, "next_peer": PeerId("second"), "next_addresses": ()}
+    assert isinstance(await caller.ask(opening(first, **onward)), Opened)
+    bench.swarm.network.silence(PeerId("first"), PeerId("nowhere"))
+    before = len(first.worker._tasks)
+    for _ in range(50):
+        await caller.say(Reroute(SessionId(1), None, PeerId("nowhere"), (), again=True))
+    await until(lambda: len(first.worker._replays) == 1)
+    await asyncio.sleep(0.05)
+    assert len(first.worker._tasks) <= before + 1
+    await caller.ask(Close(SessionId(1)))
+    await until(lambda: not first.worker._replays and len(first.worker._tasks) == before)
+    loop = Reroute(SessionId(1), PeerId("x"), PeerId("x"), (), again=True)
+    assert isinstance(await caller.ask(opening(first, **onward)), Opened)
+    answered = await caller.ask(loop)
+    assert isinstance(answered, Rerouted)
+    assert answered.code == "BadFrame"
