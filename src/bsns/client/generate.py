@@ -354,7 +354,7 @@ class Generator:
             reader = self._readers.get(part.session)
             if reader is None:
                 continue  # closed meanwhile
-            if peer != reader.session.route[-1].peer:
+            if not reader.session.may_answer(peer):
                 if peer in reader.former:
                     continue  # it was given up, and is late
                 raise BadTensor(f"{peer} answered session {part.session}, of which it is not the last stage")

@@ -11,7 +11,7 @@ import structlog
 
 from bsns.client.links import Link, Links
 from bsns.core.errors import BsnsError, PeerTimedOut
-from bsns.core.ids import ModelId, SessionId
+from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.inference import Close, Open, Reroute
 from bsns.routing.chain import Hop, Route
 
@@ -29,12 +29,18 @@ class Session:
         self._model = model
         self._dtype = dtype
         self._asked: list[Link] = []
+        self._taking: Route = ()
+        """A route that is being turned to: its last stage may answer before the others say that they are ready."""
         self._open: list[Link] = []
 
     @property
     def first(self) -> Link:
         """Where steps enter the route."""
         return self._open[0]
+
+    def may_answer(self, peer: PeerId) -> bool:
+        """Whether results may come from this peer."""
+        return any(route[-1].peer == peer for route in (self.route, self._taking) if route)
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -77,6 +83,7 @@ class Session:
         self._take_back([link for link in old if link.peer in taking])  # it begins again
         self._asked = []
         last = start + len(hops) - 1
+        self._taking = route
         try:
             opened = await self._open_all(
                 route, range(start, last + 1), deadline_s, lambda index: passes_from if index == last else 0
@@ -89,6 +96,8 @@ class Session:
         except BaseException:
             self._take_back(self._asked)
             raise
+        finally:
+            self._taking = ()
         self.route, self._open = route, links
         self._take_back([link for link in old if link.peer not in taking])
 
