@@ -130,7 +130,10 @@ class Session:
             raise PeerTimedOut(f"node {hop.peer} was not reached within {deadline_s:g} s").about(hop.peer) from None
         except BsnsError as error:
             named = error if hop.peer in error.message else type(error)(f"node {hop.peer}: {error.message}")
-            raise named.about(error.peer or hop.peer) from None
+            # a stage knows of its neighbours only; whom else it names, it made up
+            known = {neighbour.peer for neighbour in _neighbours(route, index) if neighbour is not None}
+            named.peer = error.peer if error.peer in known else hop.peer
+            raise named from None
 
     async def _ask_stage(self, route: Route, index: int, deadline_s: float, passes_from: int) -> Link:
         hop = route[index]

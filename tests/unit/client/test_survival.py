@@ -17,6 +17,8 @@ from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerLost, PromptTooLong
 from bsns.core.ids import PeerId
+from bsns.protocol.inference import Open
+from bsns.transport.port import Stream
 from bsns.worker.batching import Batch
 from bsns.worker.faults import FaultyWorker
 from bsns.worker.torch_executor import TorchExecutor
@@ -402,4 +404,48 @@ async def test_two_short_outages_of_the_clients_network_are_two(scene: Scene) ->
         await asyncio.wait_for(waiting, 5)
     assert client.repairs == 0
     await stream.aclose()
+    await scene.freed()
+
+
+async def test_a_spare_that_freezes_while_it_is_asked_is_passed_by(scene: Scene) -> None:
+    await scene.start("b1")
+    await scene.add("c1")
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    client = scene.client()
+    stream = client.stream(prompt(9), GREEDY)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    scene.swarm.network.freeze(PeerId("b1"))
+    scene.kill("a1")
+    assert tokens + await asyncio.wait_for(rest(stream), 15) == undisturbed
+    scene.swarm.network.sound(PeerId("b1"))
+    await scene.freed()
+
+
+class Slanderer(FaultyWorker):
+    """A spare that opens no session, and says each time that somebody else is to blame."""
+
+    blamed = "a2"
+
+    def _open(self, stream: Stream, message: Open) -> None:
+        self._report(stream, message.session, PeerLost("gone").about(PeerId(self.blamed)))
+
+
+@pytest.mark.parametrize("blamed", ["a2", "ghost"])
+async def test_a_spare_that_slanders_others_is_passed_by(
+    scene: Scene, blamed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.start("b1", "b2")
+    monkeypatch.setattr(Slanderer, "blamed", blamed)
+    executor = TorchExecutor(scene.stages[1], dtype="float32")
+    await scene.swarm.add_node(
+        "liar", executor, block_count=CUTS[-1], context_tokens=512, block_time_s=0.5, kind=Slanderer
+    )
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    stats = Stats()
+    stream = scene.client().stream(prompt(9), GREEDY, stats)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    scene.kill("a1")
+    assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
+    assert stats.route[1].peer == "b1"
+    assert not any(peer.startswith("ghost") for view in scene.swarm.views for peer in view._grudges._held)
     await scene.freed()
