@@ -150,8 +150,10 @@ def best_detour(
             )
     try:
         route = best_chain(there, len(blocks), known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
-    except (MissingBlocks, CacheFull) as error:
-        raise type(error)(f"nobody else can serve blocks {blocks} ({error.message})") from None
+    except MissingBlocks:
+        raise MissingBlocks(f"nobody else can serve blocks {blocks}") from None
+    except CacheFull:
+        raise CacheFull(f"nobody else has room for {needed_tokens} tokens of cache on blocks {blocks}") from None
     return tuple(
         Hop(hop.peer, BlockRange(hop.blocks.start + blocks.start, hop.blocks.end + blocks.start), hop.addresses)
         for hop in route
