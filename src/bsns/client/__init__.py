@@ -3,7 +3,8 @@
 links       one stream to each node, and who is waiting for what on it
 session     one session on a route: open, replace a stage, close
 reader      whoever waits for what a session brings, and how far it has come
-fault       whose doing it is that a step is overdue (pure)
+watch       asks the stages of a session whose step is overdue
+fault       whose doing it is (pure)
 repair      a lost stage is replaced, and only its blocks are computed again
 decoder     the thread that turns activations into tokens and tokens into activations
 generate    a prompt's way to a streamed answer

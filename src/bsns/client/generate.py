@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
@@ -20,6 +19,7 @@ from bsns.client.reader import Reader
 from bsns.client.repair import Blame, FindRoute, Release, Repairs
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
+from bsns.client.watch import Watch, patience_s
 from bsns.core.errors import (
     BadOption,
     BadTensor,
@@ -35,7 +35,7 @@ from bsns.core.errors import (
 )
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.model.ends import Ends
-from bsns.protocol.inference import Part, Step, There
+from bsns.protocol.inference import Part, Step
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
 from bsns.transport.port import Dial
@@ -44,14 +44,6 @@ CHUNK_ROWS = 128
 """Prompt tokens per step: small enough that stages work on different chunks at once, large enough to fill a product."""
 
 T = TypeVar("T")
-
-PATIENCE_S = 0.5
-"""A step that takes longer than this, and than usual, makes the client ask its stages whether they are there."""
-USUAL_FACTOR = 4
-OWN_NETWORK_S = 4.0
-"""For so long our own network is to blame where no stage of a session answers."""
-PING_S = 0.75
-"""Who does not answer such a question in this time is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +112,7 @@ class Generator:
             ends, dtype=dtype, threads=threads, on_turned=self._on_turned, on_failed=self._on_decoder_failed
         )
         self._repairs = Repairs(find_route, release, blame, self._feed)
+        self._watch = Watch(self._links, self._repairs.lose)
         self._readers: dict[SessionId, Reader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -279,12 +272,12 @@ class Generator:
         give_up_s = loop.time() + self._deadline_s
         while item is None:
             try:
-                async with asyncio.timeout(min(_patience_s(reader), give_up_s - loop.time())):
+                async with asyncio.timeout(min(patience_s(reader), give_up_s - loop.time())):
                     item = await reader.heard.get()
                     give_up_s = loop.time() + self._deadline_s  # part of a prompt came through: it goes on
             except TimeoutError:
                 if loop.time() < give_up_s:
-                    await self._find_the_fault(reader)
+                    await self._watch.look(reader)
                     continue
                 if reader.trouble is not None:
                     raise reader.trouble from None
@@ -295,52 +288,6 @@ class Generator:
         if not isinstance(item, kind):
             raise TypeError(f"{type(item).__name__} for a reader of {kind.__name__}")
         return item
-
-    async def _find_the_fault(self, reader: Reader) -> None:
-        """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
-        if reader.mending is not None:
-            return
-        session, sent = reader.session, reader.sent
-        route = [link.peer for link in session.links]
-        answers = await asyncio.gather(*(self._ask(session.id, link) for link in session.links))
-        there = {peer: answer for peer, answer in zip(route, answers, strict=True) if isinstance(answer, There)}
-        if reader.mending is not None or reader.through >= sent or await self._is_own_network(reader, len(there)):
-            return
-        silent: dict[Link, BsnsError] = {
-            link: PeerTimedOut(f"node {link.peer} fell silent: {answer.message}").about(link.peer)
-            for link, answer in zip(session.links, answers, strict=True)
-            if isinstance(answer, BsnsError)
-        }
-        if silent:
-            for link, error in silent.items():  # all at once, so that they are replaced together
-                self._repairs.lose(reader, link.peer, error)
-            await asyncio.gather(*(link.give_up(error) for link, error in silent.items()))
-            return
-        found = reader.progress.fault(sent, route, there, _usual_s(reader), time.monotonic())
-        if found is not None:
-            peer, error = found
-            self._repairs.lose(reader, peer, error.about(peer))
-
-    async def _ask(self, session: SessionId, link: Link) -> There | BsnsError:
-        """How far a session has come on a stage, or why it does not say."""
-        try:
-            return await link.where(session, PING_S)
-        except BsnsError as error:
-            return error
-
-    async def _is_own_network(self, reader: Reader, answering: int) -> bool:
-        """Whether all stages are silent, and so is everybody else we know: our own network is suspected for a
-        while, during which the stages keep the session."""
-        others = self._links.others({hop.peer for hop in reader.session.route})
-        if answering or (len(reader.session.route) == 1 and not others):
-            reader.deaf_since_s = None
-            return False
-        heard = await asyncio.gather(*(link.ping(PING_S) for link in others), return_exceptions=True)
-        now_s = time.monotonic()
-        reader.deaf_since_s = reader.deaf_since_s or now_s
-        return all(isinstance(answer, BaseException) for answer in heard) and (
-            now_s - reader.deaf_since_s < OWN_NETWORK_S
-        )
 
     def _step(self, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> tuple[Step, list[memoryview]]:
         parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)
@@ -437,13 +384,3 @@ class Generator:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _usual_s(reader: Reader) -> float:
-    """What a turn of an answer takes; 0 where that is not known yet."""
-    turns_ms = reader.answer.turns_ms if reader.answer is not None else []
-    return statistics.median(total for total, _ in turns_ms[-9:]) / 1e3 if len(turns_ms) > 1 else 0.0
-
-
-def _patience_s(reader: Reader) -> float:
-    return max(PATIENCE_S, USUAL_FACTOR * _usual_s(reader))

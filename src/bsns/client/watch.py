@@ -1,0 +1,89 @@
+"""The watch: when a step is overdue, a session's stages are asked how far it has come, and who is at fault is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+
+from bsns.client.links import Link, Links
+from bsns.client.reader import Reader
+from bsns.core.errors import BsnsError, PeerTimedOut
+from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.inference import There
+
+PATIENCE_S = 0.5
+"""A step that takes longer than this, and than usual, makes the client ask its stages whether they are there."""
+USUAL_FACTOR = 4
+OWN_NETWORK_S = 4.0
+"""For so long our own network is to blame where no stage of a session answers."""
+PING_S = 0.75
+"""Who does not answer such a question in this time is lost."""
+
+Lose = Callable[[Reader, PeerId, BsnsError], None]
+
+
+class Watch:
+    """Looks after the overdue steps of a client's sessions."""
+
+    def __init__(self, links: Links, lose: Lose) -> None:
+        self._links = links
+        self._lose = lose
+
+    async def look(self, reader: Reader) -> None:
+        """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
+        if reader.mending is not None:
+            return
+        session, sent = reader.session, reader.sent
+        route = [link.peer for link in session.links]
+        answers = await asyncio.gather(*(self._ask(session.id, link) for link in session.links))
+        there = {peer: answer for peer, answer in zip(route, answers, strict=True) if isinstance(answer, There)}
+        if reader.mending is not None or reader.through >= sent or await self._is_own_network(reader, len(there)):
+            return
+        silent: dict[Link, BsnsError] = {
+            link: PeerTimedOut(f"node {link.peer} fell silent: {answer.message}").about(link.peer)
+            for link, answer in zip(session.links, answers, strict=True)
+            if isinstance(answer, BsnsError)
+        }
+        if silent:
+            for link, error in silent.items():  # all at once, so that they are replaced together
+                self._lose(reader, link.peer, error)
+            await asyncio.gather(*(link.give_up(error) for link, error in silent.items()))
+            return
+        found = reader.progress.fault(sent, route, there, _usual_s(reader), time.monotonic())
+        if found is not None:
+            peer, error = found
+            self._lose(reader, peer, error.about(peer))
+
+    async def _ask(self, session: SessionId, link: Link) -> There | BsnsError:
+        """How far a session has come on a stage, or why it does not say."""
+        try:
+            return await link.where(session, PING_S)
+        except BsnsError as error:
+            return error
+
+    async def _is_own_network(self, reader: Reader, answering: int) -> bool:
+        """Whether all stages are silent, and so is everybody else we know: our own network is suspected for a
+        while, during which the stages keep the session."""
+        others = self._links.others({hop.peer for hop in reader.session.route})
+        if answering or (len(reader.session.route) == 1 and not others):
+            reader.deaf_since_s = None
+            return False
+        heard = await asyncio.gather(*(link.ping(PING_S) for link in others), return_exceptions=True)
+        now_s = time.monotonic()
+        reader.deaf_since_s = reader.deaf_since_s or now_s
+        return all(isinstance(answer, BaseException) for answer in heard) and (
+            now_s - reader.deaf_since_s < OWN_NETWORK_S
+        )
+
+
+def patience_s(reader: Reader) -> float:
+    """How long a step may take before its stages are asked."""
+    return max(PATIENCE_S, USUAL_FACTOR * _usual_s(reader))
+
+
+def _usual_s(reader: Reader) -> float:
+    """What a turn of an answer takes; 0 where that is not known yet."""
+    turns_ms = reader.answer.turns_ms if reader.answer is not None else []
+    return statistics.median(total for total, _ in turns_ms[-9:]) / 1e3 if len(turns_ms) > 1 else 0.0
