@@ -61,11 +61,7 @@ class Repairs:
             reader.lost.setdefault(peer, error)
             if reader.mending is None:
                 reader.mending = asyncio.create_task(self._mend(reader))
-        elif peer in reader.former:
-            return
-        elif reader.mending is not None and peer is not None:
-            reader.early[peer] = error
-        else:
+        elif peer not in reader.former:
             reader.heard.put_nowait(error)
 
     async def _mend(self, reader: Reader) -> None:
@@ -90,12 +86,10 @@ class Repairs:
                         continue
                     reader.trouble = type(error)(f"{error.message}; it is needed because {cause.message}")
                     unfit.clear()  # whoever was may be back
-                    await asyncio.sleep(min(MOST_AGAIN_S, AGAIN_S * 2**reader.setbacks))
-                    reader.setbacks += 1
+                    await _wait_again(reader)
                 except BsnsError as error:  # the directory does not answer, say
                     reader.trouble = PeerFailed(f"a stage was lost, and looking for another failed: {error.message}")
-                    await asyncio.sleep(min(MOST_AGAIN_S, AGAIN_S * 2**reader.setbacks))
-                    reader.setbacks += 1
+                    await _wait_again(reader)
         except Exception as error:
             log.exception("a repair failed")
             reader.heard.put_nowait(PeerFailed(f"a stage was lost, and replacing it failed: {error!r}"))
@@ -160,6 +154,11 @@ class Repairs:
                 else:
                     return first, last, hops
         raise missing
+
+
+async def _wait_again(reader: Reader) -> None:
+    await asyncio.sleep(min(MOST_AGAIN_S, AGAIN_S * 2**reader.setbacks))
+    reader.setbacks += 1
 
 
 def _wider(start: int, end: int, stages: int) -> list[tuple[int, int]]:

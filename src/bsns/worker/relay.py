@@ -37,23 +37,23 @@ class Relay:
 
     def post(self, peer: PeerId, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Send a frame to a peer that sessions have connected to. Raises PeerLost; the next `connect` dials anew."""
-        stream = self._streams.get(peer)
-        if stream is None:
-            raise PeerLost(f"the stream to the next stage {peer} closed").about(peer)
         try:
-            stream.post(message, buffers)
+            self._stream(peer).post(message, buffers)
         except BsnsError as error:
             raise error.about(peer) from None
 
     async def send(self, peer: PeerId, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """As `post`, but wait while much lies unsent."""
-        stream = self._streams.get(peer)
-        if stream is None:
-            raise PeerLost(f"the stream to the next stage {peer} closed").about(peer)
         try:
-            await stream.send(message, buffers)
+            await self._stream(peer).send(message, buffers)
         except BsnsError as error:
             raise error.about(peer) from None
+
+    def _stream(self, peer: PeerId) -> Stream:
+        stream = self._streams.get(peer)
+        if stream is None:
+            raise PeerLost(f"the stream to the next stage {peer} closed")
+        return stream
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Make sure there is a stream. Raises PeerError."""

@@ -52,6 +52,7 @@ SHORT_S = 0.05
 """Batches expected to take less are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
 BUSY_S = 1.0
 MAX_REWINDS = 64
+"""How often a replay goes back to what was computed anew: a session's stages may be in repair at several places."""
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
 
