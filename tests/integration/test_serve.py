@@ -33,7 +33,7 @@ def last(tiny: str, founder: tuple[Running, str]) -> Iterator[tuple[Running, str
 @pytest.fixture(scope="module")
 def swarm(tiny: str, founder: tuple[Running, str], last: tuple[Running, str]) -> Iterator[tuple[dict[str, Any], str]]:
     """A third node that chose for itself, with room for 2 blocks, their caches and a journal of 3 million tokens."""
-    room = ("--memory", "1600MB", "--cache-tokens", "3000000", "--threads", "1")
+    room = ("--memory", "1784MB", "--cache-tokens", "3000000", "--threads", "1")
     with running("serve", tiny, "--blocks", "auto", *room, "--json", env={"BSNS_INVITE": founder[1]}) as command:
         yield command.event("serving"), founder[1]
 
