@@ -8,7 +8,6 @@ them to a thread and back costs 0.1 ms a token; long ones (large vocabularies, m
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from bsns.core.errors import BsnsError
 from bsns.core.ids import SessionId
 from bsns.model.ends import Ends
 from bsns.model.tensors import to_memory, to_tensor
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Turned:
 
 
 SHORT_S = 0.005
-"""Turns that took less lately run on the event loop."""
+"""Such turns run on the event loop."""
 
 OnTurned = Callable[[list[Turned]], None]
 OnFailed = Callable[[list[Answer], Exception], None]
@@ -81,7 +81,18 @@ class Decoder:
     """Embedding, head and sampling. All methods are for the event loop's thread, where `on_turned` is called with each
     turn's tokens and `on_failed` with the answers of a turn that failed."""
 
-    def __init__(self, ends: Ends, *, dtype: str, threads: int, on_turned: OnTurned, on_failed: OnFailed) -> None:
+    def __init__(
+        self,
+        ends: Ends,
+        *,
+        dtype: str,
+        threads: int,
+        on_turned: OnTurned,
+        on_failed: OnFailed,
+        clock: Clock = MACHINE_CLOCK,
+        short_s: float = SHORT_S,
+    ) -> None:
+        """Turns that took less than `short_s` lately run on the event loop."""
         torch.set_num_threads(threads)
         self._ends = ends
         self._dtype = dtype
@@ -89,7 +100,8 @@ class Decoder:
         self._on_failed = on_failed
         self._arrived: list[Arrived] = []
         self._turning = False
-        self._turn_s = SHORT_S
+        self._now_s = clock.now_s
+        self._short_s = self._turn_s = short_s
         """How long a turn took lately."""
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
@@ -119,22 +131,23 @@ class Decoder:
             return
         arrived, self._arrived = self._arrived, []
         self._turning = True
-        if self._turn_s < SHORT_S:
+        if self._turn_s < self._short_s:
             self._finish(arrived, *self._try(arrived))
             return
 
-        def run() -> None:
-            self._loop.call_soon_threadsafe(self._finish, arrived, *self._try(arrived))
+        def finish(turning: asyncio.Future[tuple[list[Turned] | Exception, float]]) -> None:
+            if not turning.cancelled():
+                self._finish(arrived, *turning.result())
 
-        self._thread.submit(run)
+        self._loop.run_in_executor(self._thread, self._try, arrived).add_done_callback(finish)
 
     def _try(self, arrived: list[Arrived]) -> tuple[list[Turned] | Exception, float]:
-        started_s = time.perf_counter()
+        started_s = self._now_s()
         try:
             outcome: list[Turned] | Exception = self._choose(arrived)
         except Exception as error:  # noqa: BLE001  whatever a kernel raises must reach the answers' readers
             outcome = error
-        return outcome, time.perf_counter() - started_s
+        return outcome, self._now_s() - started_s
 
     def _finish(self, arrived: list[Arrived], outcome: list[Turned] | Exception, took_s: float) -> None:
         self._turning = False
@@ -146,7 +159,7 @@ class Decoder:
         self._loop.call_soon(self._turn)
 
     def _choose(self, arrived: list[Arrived]) -> list[Turned]:
-        now_s = time.perf_counter()
+        now_s = self._now_s()
         logits_NV = self._logits([item.hidden for item in arrived], len(arrived))
         chosen: list[tuple[Answer, int]] = []
         for item, logits_V in zip(arrived, logits_NV, strict=True):
@@ -161,7 +174,7 @@ class Decoder:
             hidden = to_memory(self._embed([a.tokens[-1] for a in running], [len(a.tokens) - 1 for a in running]))
             row_bytes = hidden.nbytes // len(running)
             rows = {id(a): hidden[i * row_bytes : (i + 1) * row_bytes] for i, a in enumerate(running)}
-        sent_s = time.perf_counter()
+        sent_s = self._now_s()
         for answer in running:
             answer.sent_s = sent_s
         return [Turned(answer, token, rows.get(id(answer)), answer.finished) for answer, token in chosen]

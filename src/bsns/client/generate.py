@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bsns.client.decoder import Answer, Arrived, Decoder, Turned
+from bsns.client.decoder import SHORT_S, Answer, Arrived, Decoder, Turned
 from bsns.client.detokenize import Detokenizer, StopMatcher
 from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
@@ -38,6 +37,7 @@ from bsns.model.ends import Ends
 from bsns.protocol.inference import Part, Step
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
 
 CHUNK_ROWS = 128
@@ -96,6 +96,8 @@ class Generator:
         deadline_s: float = 20.0,
         release: Release = lambda route: None,
         blame: Blame = lambda peer, error: None,
+        clock: Clock = MACHINE_CLOCK,
+        short_turn_s: float = SHORT_S,
     ) -> None:
         self.prompts = prompts
         self.context_tokens = context_tokens
@@ -107,12 +109,19 @@ class Generator:
         self._release = release
         self._blame = blame
         self._deadline_s = deadline_s
-        self._links = Links(dial, self._on_results, self._on_told, self._on_lost)
+        self._clock = clock
+        self._links = Links(dial, self._on_results, self._on_told, self._on_lost, clock)
         self._decoder = Decoder(
-            ends, dtype=dtype, threads=threads, on_turned=self._on_turned, on_failed=self._on_decoder_failed
+            ends,
+            dtype=dtype,
+            threads=threads,
+            on_turned=self._on_turned,
+            on_failed=self._on_decoder_failed,
+            clock=clock,
+            short_s=short_turn_s,
         )
         self._repairs = Repairs(find_route, release, blame, self._feed)
-        self._watch = Watch(self._links, self._repairs.lose)
+        self._watch = Watch(self._links, self._repairs.lose, clock)
         self._readers: dict[SessionId, Reader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -146,18 +155,18 @@ class Generator:
                 f"the prompt has {len(tokens)} tokens, the model's context holds {self.context_tokens}; shorten it"
             )
         max_tokens = min(options.max_tokens, room)
-        started_s = first_s = time.perf_counter()
+        started_s = first_s = self._clock.now_s()
         session = await self._open(len(tokens) + max_tokens)
         answer = Answer(session.id, options, self.prompts.end_tokens, list(tokens), len(tokens), max_tokens)
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
         reader = self._readers[session.id] = Reader(session, answer.tokens, answer)
         try:
-            answer.sent_s = time.perf_counter()
+            answer.sent_s = self._clock.now_s()
             await self._feed(reader)
             detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
             while True:
                 turned = await self._hear(reader, Turned)
-                now_s = time.perf_counter()
+                now_s = self._clock.now_s()
                 stats.tokens += 1
                 if stats.tokens == 1:
                     stats.ttft_ms, first_s = (now_s - started_s) * 1e3, now_s
@@ -205,7 +214,7 @@ class Generator:
     async def _open(self, max_tokens: int) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
         after the deadline."""
-        give_up_s = time.monotonic() + self._deadline_s
+        give_up_s = self._clock.now_s() + self._deadline_s
         avoid: set[PeerId] = set()
         refusal: BsnsError | None = None
         while True:
@@ -222,7 +231,7 @@ class Generator:
                 if error.peer is not None:
                     self._blame(error.peer, error)
                 blamed = {error.peer} if error.peer is not None else {hop.peer for hop in route}
-                if time.monotonic() > give_up_s or blamed <= avoid:
+                if self._clock.now_s() > give_up_s or blamed <= avoid:
                     raise
                 avoid |= blamed
             except BaseException:

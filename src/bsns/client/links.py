@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
@@ -33,6 +32,7 @@ from bsns.protocol.inference import (
 )
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial, Stream
 
 log = structlog.get_logger(__name__)
@@ -50,8 +50,16 @@ OnLost = Callable[[PeerId, BsnsError], None]
 class Link:
     """One stream to one node, with a task that reads it."""
 
-    def __init__(self, stream: Stream, on_results: OnResults, on_failure: OnFailure, on_lost: OnLost) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        on_results: OnResults,
+        on_failure: OnFailure,
+        on_lost: OnLost,
+        clock: Clock = MACHINE_CLOCK,
+    ) -> None:
         self.peer = stream.peer
+        self._clock = clock
         self._stream = stream
         self._on_results = on_results
         self._on_failure = on_failure
@@ -94,9 +102,9 @@ class Link:
     async def ping(self, deadline_s: float = 2.0) -> float:
         """Round-trip time in seconds. Raises PeerTimedOut, PeerLost."""
         nonce = next(self._nonces)
-        started_s = time.perf_counter()
+        started_s = self._clock.now_s()
         await self._ask(self._pings, nonce, Ping(nonce), deadline_s)
-        return time.perf_counter() - started_s
+        return self._clock.now_s() - started_s
 
     async def probe(self, body: memoryview, deadline_s: float = 5.0) -> float:
         """Seconds until the node has said that these bytes (a multiple of 8) have come.
@@ -105,11 +113,11 @@ class Link:
         """
         nonce = next(self._nonces)
         message = Probe(nonce, (TensorSpec.raw("probe", "int64", (body.nbytes // 8,)),))
-        started_s = time.perf_counter()
+        started_s = self._clock.now_s()
         wait_s = await self._ask(self._probes, nonce, message, deadline_s, (body,))
         if wait_s > 0:
             raise PeerFailed(f"node {self.peer} takes no more probes for {wait_s:.1f} s")
-        return time.perf_counter() - started_s
+        return self._clock.now_s() - started_s
 
     async def describe(self, deadline_s: float = 2.0) -> Description:
         """The node's present numbers. Raises PeerTimedOut, PeerLost."""
@@ -241,8 +249,11 @@ def split_rows(message: Result, buffers: Sequence[memoryview]) -> list[tuple[Par
 class Links:
     """A client's links, opened when first needed. A lost link is forgotten, so that the next use dials anew."""
 
-    def __init__(self, dial: Dial, on_results: OnResults, on_failure: OnFailure, on_lost: OnLost) -> None:
+    def __init__(
+        self, dial: Dial, on_results: OnResults, on_failure: OnFailure, on_lost: OnLost, clock: Clock = MACHINE_CLOCK
+    ) -> None:
         self._dial = dial
+        self._clock = clock
         self._on_results = on_results
         self._on_failure = on_failure
         self._on_lost = on_lost
@@ -255,7 +266,7 @@ class Links:
             link = self._links.get(peer)
             if link is None or link.lost is not None:
                 stream = await self._dial(peer, addresses)
-                link = self._links[peer] = Link(stream, self._on_results, self._on_failure, self._on_lost)
+                link = self._links[peer] = Link(stream, self._on_results, self._on_failure, self._on_lost, self._clock)
             return link
 
     def others(self, peers: Collection[PeerId]) -> list[Link]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from collections.abc import Callable
 
 from bsns.client.links import Link, Links
@@ -12,6 +11,7 @@ from bsns.client.reader import Reader
 from bsns.core.errors import BsnsError, PeerTimedOut
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.inference import There
+from bsns.transport.clock import Clock
 
 PATIENCE_S = 0.5
 """A step that takes longer than this, and than usual, makes the client ask its stages whether they are there."""
@@ -27,9 +27,10 @@ Lose = Callable[[Reader, PeerId, BsnsError], None]
 class Watch:
     """Looks after the overdue steps of a client's sessions."""
 
-    def __init__(self, links: Links, lose: Lose) -> None:
+    def __init__(self, links: Links, lose: Lose, clock: Clock) -> None:
         self._links = links
         self._lose = lose
+        self._clock = clock
 
     async def look(self, reader: Reader) -> None:
         """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
@@ -51,7 +52,7 @@ class Watch:
                 self._lose(reader, link.peer, error)
             await asyncio.gather(*(link.give_up(error) for link, error in silent.items()))
             return
-        found = reader.progress.fault(sent, route, there, _usual_s(reader), time.monotonic())
+        found = reader.progress.fault(sent, route, there, _usual_s(reader), self._clock.now_s())
         if found is not None:
             peer, error = found
             self._lose(reader, peer, error.about(peer))
@@ -71,7 +72,7 @@ class Watch:
             reader.deaf_since_s = None
             return False
         heard = await asyncio.gather(*(link.ping(PING_S) for link in others), return_exceptions=True)
-        now_s = time.monotonic()
+        now_s = self._clock.now_s()
         reader.deaf_since_s = reader.deaf_since_s or now_s
         return all(isinstance(answer, BaseException) for answer in heard) and (
             now_s - reader.deaf_since_s < OWN_NETWORK_S

@@ -9,7 +9,7 @@ stays where it is. A node that the plan leaves out stays too: its range remains 
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
@@ -22,6 +22,7 @@ from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.plans import ranges_of
 from bsns.swarm.records import MAX_OTHERS
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.worker.executor import Executor
 from bsns.worker.service import Worker
 
@@ -38,17 +39,24 @@ class Mover:
     """Follows the plan in force, one step at a time. `run` is a task; `obey` tells it what has been seen."""
 
     def __init__(
-        self, me: PeerId, worker: Worker, room: Room, load: Load, announce: Callable[[], Awaitable[None]]
+        self,
+        me: PeerId,
+        worker: Worker,
+        room: Room,
+        load: Load,
+        announce: Callable[[], Awaitable[None]],
+        clock: Clock = MACHINE_CLOCK,
     ) -> None:
         """`announce` tells the directory what the worker holds now; it returns when that can be read there."""
         self._me = me
+        self._clock = clock
         self._worker = worker
         self._room = room
         self._load = load
         self._announce = announce
         self._plan: PlanRecord | None = None
         self._records: Sequence[NodeRecord] = ()
-        self._read_s = self._announced_s = -1.0
+        self._read_s = self._announced_s = -math.inf
         self._news = asyncio.Event()
         self._stuck: BlockRange | None = None
         self.moves = 0
@@ -97,7 +105,7 @@ class Mover:
 
     async def _tell(self) -> None:
         await self._announce()
-        self._announced_s = time.monotonic()
+        self._announced_s = self._clock.now_s()
 
     async def _take_up(self, target: BlockRange) -> None:
         sessions = self._worker.sessions

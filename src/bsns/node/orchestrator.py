@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypedDict, Unpack
 
 import msgspec
 import structlog
@@ -27,6 +28,7 @@ from bsns.swarm.election import LEASE_S, Claim, Election, Lease, Seen, Stand, St
 from bsns.swarm.membership import Membership
 from bsns.swarm.plans import Reign, draw, lease_of, lot_of
 from bsns.swarm.proposals import Planner, Proposal, assignments_of, propose
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 
 log = structlog.get_logger(__name__)
 
@@ -56,6 +58,19 @@ def best_plan(snapshot: Snapshot, shape: ModelShape, objective: Objective, cache
     )
 
 
+class Governing(TypedDict, total=False):
+    """How a node takes part in its model's government."""
+
+    stands: bool
+    """Whether for election."""
+    objective: Objective
+    """What it would plan for."""
+    cache_tokens: int
+    """What it would reckon with on every node."""
+    lease_s: float
+    planner: Planner
+
+
 class Orchestrator:
     """One node's part in its model's government. `run` is a task; `look` one turn of it, for tests."""
 
@@ -67,26 +82,23 @@ class Orchestrator:
         *,
         obey: Obey,
         stand: Callable[[bytes], None],
-        stands: bool = True,
-        objective: Objective | None = None,
-        cache_tokens: int = LEAST_CACHE_TOKENS,
-        lease_s: float = LEASE_S,
-        planner: Planner = best_plan,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = MACHINE_CLOCK,
+        **governing: Unpack[Governing],
     ) -> None:
         """`obey` is told the plan in force and who is here, at every turn; `stand` our draw for the next term.
 
-        `clock` gives Unix time. Raises BadOption for an impossible lease.
+        Raises BadOption for an impossible lease.
         """
         self._directory = directory
         self._me = membership.peer
         self._shape = shape
         self._obey = obey
         self._stand = stand
-        self._objective = objective or Objective()
-        self._cache_tokens = cache_tokens
-        self._planner = planner
-        self._clock = clock
+        self._objective = governing.get("objective", Objective())
+        self._cache_tokens = governing.get("cache_tokens", LEAST_CACHE_TOKENS)
+        self._planner = governing.get("planner", best_plan)
+        self._now_s = clock.now_s
+        self._clock = clock.unix_s
         self._lots: dict[tuple[PeerId, int, bytes], bytes | None] = {}
         swarm, identity = membership.swarm, membership.identity
 
@@ -101,7 +113,8 @@ class Orchestrator:
             return self._lots[known]
 
         self._draw = own_draw
-        self.election = Election(self._me, own_draw, checked, lease_s=lease_s, stands=stands)
+        lease_s = governing.get("lease_s", LEASE_S)
+        self.election = Election(self._me, own_draw, checked, lease_s=lease_s, stands=governing.get("stands", True))
         self._reign = Reign()
         self._ordered: PlanRecord | None = None  # the last that ordered anything: a new orchestrator goes on from there
         self._planned_s = -math.inf
@@ -141,7 +154,7 @@ class Orchestrator:
 
         Raises PeerError or NotAMember where the directory does not answer.
         """
-        read_s = time.monotonic()
+        read_s = self._now_s()
         records = [record for record in await self._directory.records() if self._ours(record)]
         plans = [plan for plan in await self._directory.plans() if self._ours(plan)]
         now_s = self._clock()

@@ -14,6 +14,7 @@ from bsns.swarm.directory import Directory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder, invite_text, parse_invite
 from bsns.swarm.membership import Membership, admit, introduce
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.direct import DirectListener, connect, hosts_of
 from bsns.transport.port import Handler, Stream, Transport
 
@@ -42,10 +43,12 @@ class Peer:
         directory: Directory,
         listen: Listen | None,
         invite: str,
+        clock: Clock = MACHINE_CLOCK,
     ) -> None:
         self.transport = transport
         self.membership = membership
         self.directory = directory
+        self.clock = clock
         self._listen = listen
         self._direct = DirectListener()
         self.invite = invite

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from bsns.protocol.records import LinkRecord, NodeRecord
 from bsns.swarm.allowances import Allowance
 from bsns.swarm.bandwidth import Growth
 from bsns.swarm.probing import LinkEstimator, differ, link_records, next_probes, watched
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
 
 log = structlog.get_logger(__name__)
@@ -90,34 +91,36 @@ class Prober:
         *,
         busy: Callable[[], bool] = lambda: False,
         rng: np.random.Generator | None = None,
+        clock: Clock = MACHINE_CLOCK,
     ) -> None:
         """`records` reads the swarm's nodes; `busy` says whether this node has better things to do."""
         self._own = own
-        self._links = Links(dial, lambda *_: None, lambda *_: None, lambda *_: None)
+        self._clock = clock
+        self._links = Links(dial, lambda *_: None, lambda *_: None, lambda *_: None, clock)
         self._read = records
         self._busy = busy
         self._rng = rng or np.random.default_rng()
         self._records: dict[PeerId, NodeRecord] = {}
         self._neighbours: frozenset[PeerId] = frozenset()
-        self._next_read_s = 0.0
+        self._next_read_s = -math.inf
         self._estimates: dict[PeerId, LinkEstimator] = {}
         self._allowance = Allowance(BUSY_SHARE, BUSY_BURST_S)
         self._published: tuple[LinkRecord, ...] = ()
-        self._published_s = -PUBLISH_S
+        self._published_s = -math.inf
         self.rounds = 0
         """Rounds measured so far."""
 
     def links(self) -> tuple[LinkRecord, ...]:
         """What is known, for the record, the most useful first."""
-        return link_records(self._now_s(), time.time(), self._estimates, self._neighbours)
+        return link_records(self._clock.now_s(), self._clock.unix_s(), self._estimates, self._neighbours)
 
     def published(self, links: Sequence[LinkRecord]) -> None:
         """These are in our record now."""
-        self._published, self._published_s = tuple(links), self._now_s()
+        self._published, self._published_s = tuple(links), self._clock.now_s()
 
     def has_news(self) -> bool:
         """Whether the links have changed so much since they were published that others would plan badly."""
-        return self._now_s() - self._published_s >= PUBLISH_S and differ(self._published, self.links())
+        return self._clock.now_s() - self._published_s >= PUBLISH_S and differ(self._published, self.links())
 
     async def run(self) -> None:
         """Measure until cancelled."""
@@ -135,7 +138,7 @@ class Prober:
 
     async def visit(self) -> PeerId | None:
         """Measure the peer that is most due, and say who it was. Raises what reading the directory raises."""
-        now_s = self._now_s()
+        now_s = self._clock.now_s()
         if now_s >= self._next_read_s:
             await self._look()
         peers = self._records.keys()
@@ -152,20 +155,20 @@ class Prober:
             found = await measure(link, bandwidth=wanted)
         except BsnsError as error:
             log.info("a node does not answer our probes", peer=peer, reason=error.message)
-            estimate.silent(self._now_s())
+            estimate.silent(self._clock.now_s())
         else:
             self.rounds += 1
-            self._allowance.spend(found.busy_s, self._now_s())
-            estimate.answered(found.round_trips_s, found.bytes_per_s, self._now_s())
+            self._allowance.spend(found.busy_s, self._clock.now_s())
+            estimate.answered(found.round_trips_s, found.bytes_per_s, self._clock.now_s())
         return peer
 
     async def _look(self) -> None:
         """Read who is here; forget who is not, or is not measured any more."""
-        started_s = self._now_s()
+        started_s = self._clock.now_s()
         try:
             records = await self._read()
         finally:
-            took_s = self._now_s() - started_s
+            took_s = self._clock.now_s() - started_s
             self._next_read_s = started_s + max(LEAST_READ_S, took_s / READ_SHARE)
         own = next((record for record in records if record.peer == self._own), None)
         there = [record for record in records if record.state == "serving"]  # others do not listen yet
@@ -178,16 +181,12 @@ class Prober:
 
     def _strangers(self) -> bool:
         return len(self._estimates) < len(self._records) and not self._estimates.keys() >= set(
-            watched(self._now_s(), self._records.keys(), self._estimates, self._rng, self._neighbours)
+            watched(self._clock.now_s(), self._records.keys(), self._estimates, self._rng, self._neighbours)
         )
 
     def _is_old(self, peer: PeerId, now_s: float) -> bool:
         estimate = self._estimates.get(peer)
         return estimate is None or (link := estimate.link(now_s)) is None or link.age_s >= PATIENCE_S
-
-    @staticmethod
-    def _now_s() -> float:
-        return time.monotonic()
 
 
 def neighbours_of(own: NodeRecord, records: Sequence[NodeRecord]) -> frozenset[PeerId]:

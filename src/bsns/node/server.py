@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
+from typing import Unpack
 
 import msgspec
 import structlog
@@ -14,11 +14,13 @@ import bsns
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError
 from bsns.core.plan import Objective
+from bsns.core.snapshot import ModelShape
 from bsns.model.shapes import block_bytes as block_bytes_of
 from bsns.model.shapes import shape_of
 from bsns.model.source import ModelSource
 from bsns.model.stage import Stage
 from bsns.node.capacity import (
+    Room,
     ServeOptions,
     cache_tokens_of,
     choose_blocks,
@@ -29,8 +31,8 @@ from bsns.node.capacity import (
     room_of,
     rss_bytes,
 )
-from bsns.node.moving import Mover
-from bsns.node.orchestrator import Orchestrator
+from bsns.node.moving import Load, Mover
+from bsns.node.orchestrator import Governing, Orchestrator
 from bsns.node.peer import Peer
 from bsns.node.prober import Prober
 from bsns.node.view import View
@@ -62,18 +64,20 @@ Told = Callable[[str], None]
 class Server:
     """A serving node. `start` brings it up; `close` takes it down with a goodbye."""
 
-    def __init__(self, peer: Peer, source: ModelSource, worker: Worker, record: NodeRecord) -> None:
+    def __init__(self, peer: Peer, worker: Worker, record: NodeRecord, *, probes: bool = True) -> None:
+        """`probes`: whether it measures its ways to the others."""
         self.peer = peer
-        self.source = source
         self.worker = worker
         self.record = record
         self.mover: Mover | None = None
         self.orchestrator: Orchestrator | None = None
-        here = View(peer.directory, source.model_id, None, source.block_count)
-        self.prober = Prober(peer.id, peer.dial, here.records, busy=worker.busy)
+        here = View(peer.directory, record.model, None, record.block_count, clock=peer.clock)
+        self.prober = Prober(peer.id, peer.dial, here.records, busy=worker.busy, clock=peer.clock)
         self._changed = asyncio.Event()
         self._publishing = asyncio.Lock()
-        self._tasks = [asyncio.create_task(self._announce()), asyncio.create_task(self.prober.run())]
+        self._tasks = [asyncio.create_task(self._announce())]
+        if probes:
+            self._tasks.append(asyncio.create_task(self.prober.run()))
 
     @classmethod
     async def start(cls, peer: Peer, source: ModelSource, options: ServeOptions, told: Told = lambda _: None) -> Server:
@@ -107,8 +111,8 @@ class Server:
             block_time_s=0.0,
             rss_bytes=rss_bytes(),
             version=bsns.__version__,
-            started_s=time.time(),
-            expires_s=time.time() + RECORD_LIFETIME_S,
+            started_s=peer.clock.unix_s(),
+            expires_s=peer.clock.unix_s() + RECORD_LIFETIME_S,
             memory_bytes=room.plannable_bytes(least_cache_tokens(source)),
             follows=options.follows,
         )
@@ -138,29 +142,42 @@ class Server:
         if isinstance(worker, FaultyWorker):
             worker.heed_signals()
         await peer.listen(worker.serve)
-        server = cls(peer, source, worker, record)
+        server = cls(peer, worker, record)
         await server.publish()
         if options.follows:
-            server.mover = Mover(peer.id, worker, room, load, server.publish)
-            server.orchestrator = Orchestrator(
-                peer.directory,
-                peer.membership,
+            server.follow(
+                room,
+                load,
                 shape_of(source, dtype),
-                obey=server.mover.obey,
-                stand=server.stand,
                 stands=options.orchestrate,
                 objective=objective,
                 cache_tokens=least_cache_tokens(source),
                 lease_s=options.lease_s,
             )
-            server._tasks += [asyncio.create_task(follow.run()) for follow in (server.mover, server.orchestrator)]
         return server
+
+    def follow(self, room: Room, load: Load, shape: ModelShape, **governing: Unpack[Governing]) -> None:
+        """Take from now on the range that the orchestrator plans for us; and be it, if that falls to us."""
+        peer = self.peer
+        self.mover = Mover(peer.id, self.worker, room, load, self.publish, peer.clock)
+        self.orchestrator = Orchestrator(
+            peer.directory,
+            peer.membership,
+            shape,
+            obey=self.mover.obey,
+            stand=self.stand,
+            clock=peer.clock,
+            **governing,
+        )
+        self._tasks += [asyncio.create_task(follow.run()) for follow in (self.mover, self.orchestrator)]
 
     async def publish(self) -> None:
         """Announce the node as it is now."""
         async with self._publishing:
             links = self.prober.links()
-            self.record = with_links(_renewed(self.record, self.worker), links, self.peer.membership)
+            self.record = with_links(
+                _renewed(self.record, self.worker, self.peer.clock.unix_s()), links, self.peer.membership
+            )
             await self.peer.directory.publish(self.record)
             self.prober.published(links)
 
@@ -173,8 +190,8 @@ class Server:
         """Say goodbye, and serve the sessions there are until their clients have led them elsewhere."""
         await self._say_goodbye()
         self.worker.leave()
-        give_up_s = time.monotonic() + deadline_s
-        while len(self.worker.sessions) and time.monotonic() < give_up_s:  # noqa: ASYNC110  the table tells nobody
+        give_up_s = self.peer.clock.now_s() + deadline_s
+        while len(self.worker.sessions) and self.peer.clock.now_s() < give_up_s:  # noqa: ASYNC110  the table tells nobody
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:
@@ -198,7 +215,7 @@ class Server:
             log.info("goodbye was not heard; the record will expire", reason=str(error))
 
     async def _announce(self) -> None:
-        published_s = time.monotonic()
+        published_s = self.peer.clock.now_s()
         while True:
             try:
                 async with asyncio.timeout(LOOK_S):
@@ -208,7 +225,7 @@ class Server:
             left = self.worker.sessions.cache_tokens_left
             changed = self._changed.is_set() or self.prober.has_news()
             changed |= abs(left - self.record.cache_tokens_left) > self.record.cache_tokens / 8
-            if time.monotonic() - published_s < ANNOUNCE_S and not changed:
+            if self.peer.clock.now_s() - published_s < ANNOUNCE_S and not changed:
                 continue
             self._changed.clear()
             try:
@@ -218,14 +235,17 @@ class Server:
             except Exception:
                 log.exception("could not announce; trying again")  # a node that falls silent here is lost to all
             else:
-                published_s = time.monotonic()
+                published_s = self.peer.clock.now_s()
                 continue
             self._changed.set()
             await asyncio.sleep(LOOK_S)
 
 
-def _renewed(record: NodeRecord, worker: Worker) -> NodeRecord:
-    """The record with the worker's present numbers: `serving` what takes new sessions, if anything does."""
+def _renewed(record: NodeRecord, worker: Worker, now_s: float) -> NodeRecord:
+    """The record with the worker's present numbers, at `now_s` (Unix time).
+
+    `serving` is what takes new sessions, if anything does.
+    """
     now, sessions = worker.description(), worker.sessions
     first, *others = sessions.open_ranges or (record.blocks,)
     return msgspec.structs.replace(
@@ -239,5 +259,5 @@ def _renewed(record: NodeRecord, worker: Worker) -> NodeRecord:
         block_time_s=now.block_time_s,
         rss_bytes=now.rss_bytes,
         sessions=now.sessions,
-        expires_s=time.time() + RECORD_LIFETIME_S,
+        expires_s=now_s + RECORD_LIFETIME_S,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from bsns.routing.grudges import Grudges
 from bsns.routing.load import Loads
 from bsns.swarm.directory import Directory
 from bsns.swarm.snapshot import snapshot
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 
 RECORDS_FRESH_S = 2.0
 FRESH_S = 0.3
@@ -51,19 +52,21 @@ class View:
         block_count: int | None = None,
         *,
         wish: Wish | None = None,
+        clock: Clock = MACHINE_CLOCK,
     ) -> None:
         self._directory = directory
+        self._clock = clock
         self._wish = wish
         self._wanted = (model, dtype, block_count)
         self._records: list[NodeRecord] = []
-        self._read_s = -RECORDS_FRESH_S
+        self._read_s = -math.inf
         self._round_trip_s: dict[PeerId, tuple[float | None, float]] = {}
         self._loads = Loads()
         self._grudges = Grudges()
 
     async def records(self) -> list[NodeRecord]:
         """The model's nodes, at most `RECORDS_FRESH_S` old."""
-        if time.monotonic() - self._read_s >= RECORDS_FRESH_S:
+        if self._clock.now_s() - self._read_s >= RECORDS_FRESH_S:
             records = await self._directory.records()
             model, dtype, count = self._wanted
             self._records = [
@@ -72,18 +75,18 @@ class View:
                 if model in (None, r.model) and dtype in (None, r.dtype) and count in (None, r.block_count)
             ]
             self._loads.see(self._records)
-            self._read_s = time.monotonic()
+            self._read_s = self._clock.now_s()
         return self._records
 
     def snapshot(self) -> Snapshot:
         """The records last read, with our own round trips."""
-        now_s = time.monotonic()
+        now_s = self._clock.now_s()
         client = {
             peer: Way(rtt_s, age_s=now_s - measured_s)
             for peer, (rtt_s, measured_s) in self._round_trip_s.items()
             if rtt_s is not None
         }
-        return snapshot(self._records, time.time(), client)
+        return snapshot(self._records, self._clock.unix_s(), client)
 
     async def route(
         self,
@@ -100,8 +103,8 @@ class View:
 
         The session counts as open on its nodes until `release` is told that it has ended, or was not opened.
         """
-        if fresh and time.monotonic() - self._read_s > FRESH_S:
-            self._read_s = -RECORDS_FRESH_S
+        if fresh and self._clock.now_s() - self._read_s > FRESH_S:
+            self._read_s = -math.inf
         if blocks is not None:
             if fresh or not self._records:
                 await self.records()
@@ -124,7 +127,7 @@ class View:
             count = records[0].block_count
             return best_chain(records, count, known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
 
-        passed_over = self._grudges.passed_over(time.monotonic()) - set(avoid)
+        passed_over = self._grudges.passed_over(self._clock.now_s()) - set(avoid)
         try:
             route = choose({*avoid, *passed_over})
         except (MissingBlocks, CacheFull):
@@ -136,7 +139,7 @@ class View:
 
     def blame(self, peer: PeerId, error: BsnsError) -> None:
         """A peer failed one of our sessions: others are chosen for a while."""
-        self._grudges.blame(peer, error, time.monotonic())
+        self._grudges.blame(peer, error, self._clock.now_s())
 
     def forgive(self) -> None:
         """Pass nobody over any more."""
@@ -163,7 +166,7 @@ class View:
 
     async def _measure(self, links: Links, records: list[NodeRecord]) -> None:
         """Ping the nodes whose round trip is unknown or old; one that does not answer is left for the route to find."""
-        now_s = time.monotonic()
+        now_s = self._clock.now_s()
         due = [r for r in records if now_s - self._round_trip_s.get(r.peer, (None, -1e9))[1] > ROUND_TRIP_FRESH_S]
 
         async def ping(record: NodeRecord) -> None:

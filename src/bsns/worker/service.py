@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from bsns.protocol.inference import (
 from bsns.protocol.probing import MAX_PROBE_BYTES, Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.swarm.allowances import ProbeLimiter
+from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial, Stream
 from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.executor import Executor
@@ -49,7 +49,7 @@ from bsns.worker.sessions import Replay, Session, SessionTable
 log = structlog.get_logger(__name__)
 
 SHORT_S = 0.05
-"""Batches expected to take less are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
+"""Such batches are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
 BUSY_S = 1.0
 MAX_REWINDS = 64
 """How often a replay goes back to what was computed anew: a session's stages may be in repair at several places."""
@@ -74,7 +74,10 @@ class Worker:
         *,
         block_time_s: float,
         rss_bytes: Callable[[], int],
+        clock: Clock = MACHINE_CLOCK,
+        short_s: float = SHORT_S,
     ) -> None:
+        """Batches expected to take less than `short_s` are run on the event loop."""
         self._executors = {executor.blocks: executor}
         self._hidden_size, self._dtype = executor.hidden_size, executor.dtype
         self._blocks = executor.blocks
@@ -87,6 +90,8 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._replays: dict[SessionId, asyncio.Task[None]] = {}
         self._rss_bytes = rss_bytes
+        self._now_s = clock.now_s
+        self._short_s = short_s
         self._probes = ProbeLimiter()
         self._worked_s = -math.inf
         self.block_time_s = block_time_s
@@ -310,15 +315,18 @@ class Worker:
         assert held is not None
         executor = self._executors[held]
         expected_s = self.block_time_s * len(batch.blocks) * (1 + (batch.rows - 1) / ROWS_PER_BLOCK_TIME)
-        if expected_s < SHORT_S:
+        if expected_s < self._short_s:
             self._finish(batch, self._run(executor, batch), self._now_s())
             return
 
-        def run() -> None:
-            outputs = self._run(executor, batch)
-            self._loop.call_soon_threadsafe(self._finish, batch, outputs, self._now_s())
+        def run() -> tuple[list[memoryview] | Exception, float]:
+            return self._run(executor, batch), self._now_s()
 
-        self._thread.submit(run)
+        def finish(running: asyncio.Future[tuple[list[memoryview] | Exception, float]]) -> None:
+            if not running.cancelled():
+                self._finish(batch, *running.result())
+
+        self._loop.run_in_executor(self._thread, run).add_done_callback(finish)
 
     def _run(self, executor: Executor, batch: Batch) -> list[memoryview] | Exception:
         try:
@@ -448,7 +456,3 @@ class Worker:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    @staticmethod
-    def _now_s() -> float:
-        return time.monotonic()

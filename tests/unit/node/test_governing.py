@@ -41,6 +41,19 @@ class Node:
 
 
 @dataclass
+class HandClock:
+    """A world's time."""
+
+    world: World
+
+    def now_s(self) -> float:
+        return self.world.now_s
+
+    def unix_s(self) -> float:
+        return self.world.now_s
+
+
+@dataclass
 class World:
     """Nodes that look in turn on a virtual clock, and a planner whose answer a test writes down."""
 
@@ -78,7 +91,7 @@ class World:
             stands=stands,
             lease_s=LEASE_S,
             planner=self.plan,
-            clock=lambda: self.now_s,
+            clock=HandClock(self),
         )
         node = self.nodes[peer] = Node(orchestrator, peer, self.now_s)
         self.directory.shelf[peer] = NodeRecord(

@@ -60,7 +60,7 @@ class Scene:
     async def step(self, plan: PlanRecord | None, *records: NodeRecord, read_s: float | None = None) -> list[str]:
         """Obey what was read just now; what was done."""
         self.did.clear()
-        self.mover.obey(plan, records, time.monotonic() if read_s is None else read_s)
+        self.mover.obey(plan, records, time.perf_counter() if read_s is None else read_s)
         await self.mover.step()
         for held in self.worker.sessions.ranges:
             assert held in self.worker._executors
@@ -167,10 +167,10 @@ async def test_a_range_that_is_uncovered_again_is_served_again(scene: Scene) -> 
 
 async def test_nothing_is_dropped_on_a_reading_made_before_our_word(scene: Scene) -> None:
     """Two nodes that each count on the other's record from before the other moved would uncover a block."""
-    before_s = time.monotonic()
+    before_s = time.perf_counter()
     await scene.step(MOVED, COVER)
     assert await scene.step(MOVED, COVER, read_s=before_s) == []
-    after_s = time.monotonic()
+    after_s = time.perf_counter()
     assert await scene.step(MOVED, COVER) == ["announce 2:6"]
     assert await scene.step(MOVED, COVER, read_s=after_s) == []
     assert scene.worker.sessions.ranges == (NEW, OLD)
@@ -231,7 +231,7 @@ async def test_it_follows_by_itself_and_outlives_a_failed_load(scene: Scene) -> 
     task = asyncio.create_task(scene.mover.run())
     async with asyncio.timeout(5):
         while scene.worker.sessions.ranges != (NEW,):
-            scene.mover.obey(MOVED, (COVER,), time.monotonic())
+            scene.mover.obey(MOVED, (COVER,), time.perf_counter())
             await asyncio.sleep(0.001)
     task.cancel()
     assert failures == 0

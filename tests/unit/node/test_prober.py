@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import msgspec
@@ -35,20 +36,26 @@ class Idle:
 
 
 class Scene:
-    """A prober among nodes, its clock in the test's hands."""
+    """A prober among nodes, its clock as far ahead as the test puts it."""
 
-    def __init__(self, swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, swarm: MemorySwarm) -> None:
         self.swarm = swarm
-        self.now_s = 1000.0
+        self.ahead_s = 0.0
         self.busy = False
-        monkeypatch.setattr(Prober, "_now_s", lambda _: self.now_s)
         self.prober = Prober(
             OWN,
             swarm.network.transport(OWN).dial,
             swarm.directory.records,
             busy=lambda: self.busy,
             rng=np.random.default_rng(0),
+            clock=self,
         )
+
+    def now_s(self) -> float:
+        return time.perf_counter() + self.ahead_s
+
+    def unix_s(self) -> float:
+        return time.time() + self.ahead_s
 
     async def nodes(self, *names: str) -> None:
         for name in names:
@@ -58,7 +65,7 @@ class Scene:
         visited = []
         for _ in range(count):
             visited.append(await self.prober.visit())
-            self.now_s += 1.0
+            self.ahead_s += 1.0
         return visited
 
     def record(self, name: str) -> NodeRecord:
@@ -66,8 +73,8 @@ class Scene:
 
 
 @pytest.fixture
-async def scene(swarm: MemorySwarm, monkeypatch: pytest.MonkeyPatch) -> Scene:
-    return Scene(swarm, monkeypatch)
+async def scene(swarm: MemorySwarm) -> Scene:
+    return Scene(swarm)
 
 
 async def test_everybody_is_measured_and_nobody_twice_at_once(scene: Scene) -> None:
@@ -91,11 +98,11 @@ async def test_news_are_told_once(scene: Scene) -> None:
     assert scene.prober.has_news()
     scene.prober.published(scene.prober.links())
     assert not scene.prober.has_news()
-    scene.now_s += 100
+    scene.ahead_s += 100
     assert not scene.prober.has_news()
     scene.prober.published(())
     assert not scene.prober.has_news()  # not so soon again
-    scene.now_s += module.PUBLISH_S
+    scene.ahead_s += module.PUBLISH_S
     assert scene.prober.has_news()
 
 
