@@ -158,7 +158,7 @@ def serve(
                         "device": record.device,
                         "dtype": record.dtype,
                         "cache_tokens": record.cache_tokens,
-                        "invite": None if join else peer.invite,
+                        "invite": peer.invite,
                     }
                 )
             else:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
+from msgspec.structs import replace
 
 from bsns.core.errors import BsnsError, PeerUnreachable
 from bsns.core.ids import PeerId
 from bsns.swarm.directory import Directory
 from bsns.swarm.identity import Identity
-from bsns.swarm.invites import Founder, invite_text, parse_invite
+from bsns.swarm.invites import MAX_BOOTSTRAP, Founder, invite_text, parse_invite
 from bsns.swarm.membership import Membership, admit, introduce
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.direct import DirectListener, connect, hosts_of
@@ -52,7 +53,8 @@ class Peer:
         self._listen = listen
         self._direct = DirectListener()
         self.invite = invite
-        """The text others join with: made here by a founder, else the one we joined with."""
+        """The text others join with: made here by a founder; else the one we joined with, in which we come first if
+        we can be dialled."""
 
     @property
     def id(self) -> PeerId:
@@ -81,6 +83,9 @@ class Peer:
         transport, directory = await _start(
             identity, membership, listen, bootstrap=parsed.bootstrap, client_only=listen is None
         )
+        if listen is not None:  # others may join through us: the swarm outlives those it was founded by
+            known = (*transport.addresses, *(at for at in parsed.bootstrap if at not in transport.addresses))
+            invite = invite_text(replace(parsed, bootstrap=known[:MAX_BOOTSTRAP]))
         return cls(transport, membership, directory, listen, invite)
 
     async def dial(self, peer: PeerId, addresses: Sequence[str] = ()) -> Stream:
