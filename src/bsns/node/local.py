@@ -9,18 +9,44 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, PeerFailed, PeerTimedOut, error_from_wire
+from bsns.core.ids import PeerId
 from bsns.node.peer import Listen, Peer
 
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 4.0
+LEAVE_DEADLINE_S = 12.0
+"""What a node that is let go may take: it serves its sessions until they have gone elsewhere."""
 
 Told = Callable[[int, str], None]
 """Is told which node (by number) is doing what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where in this machine's networks a process lives: the address it listens on, and the words that take it there,
+    in front of its command."""
+
+    host: str = "127.0.0.1"
+    within: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Node:
+    """One node: what it is to be, and, once it serves, who it is and how others join through it."""
+
+    blocks: BlockRange
+    words: tuple[str, ...]
+    home: Home
+    process: asyncio.subprocess.Process
+    id: PeerId | None = None
+    invite: str | None = None
+    let_go: bool = False
 
 
 class LocalSwarm:
@@ -35,42 +61,63 @@ class LocalSwarm:
         device: str = "auto",
         threads: int = 1,
         movable: bool = False,
+        homes: Sequence[Home] = (),
+        own_home: Home | None = None,
+        founder: Sequence[str] | None = None,
         told: Told = lambda number, what: None,
     ) -> None:
         """`movable` nodes begin with their ranges and go where the orchestrator plans them; others stay.
 
         A movable node may be given hardly more than its share of the blocks, so that the swarm stays one of many nodes:
         they are processes of one machine, and whatever a planner thinks, all of them together are no faster than it.
+
+        `founder`: words of `bsns serve` for a process of its own that founds the swarm, as the first node; otherwise
+        this process does. `homes`: of the nodes, where they do not live beside us; `own_home`: ours.
         """
         self._model = model
         self._ranges = ranges
         self._arguments = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
         self._threads = threads
         self._movable = movable
+        self._homes = homes
+        self._own_home = own_home or Home()
+        self._founder = founder
         self._told = told
-        self._processes: list[asyncio.subprocess.Process] = []
+        self._nodes: list[_Node] = []
         self._peer: Peer | None = None
 
     @property
     def peer(self) -> Peer:
-        """The founder, in this process."""
+        """This process's member of the swarm: its founder, where no other process is."""
         if self._peer is None:
             raise RuntimeError("use `async with LocalSwarm(…)`")
         return self._peer
 
     @property
     def processes(self) -> list[asyncio.subprocess.Process]:
-        """The nodes' processes, in the order of the ranges."""
-        return self._processes
+        """The nodes' processes: the founder's, if it has its own; in the order of the ranges; those that were added."""
+        return [node.process for node in self._nodes]
+
+    def members(self) -> dict[PeerId, int]:
+        """The numbers of the nodes that are to be there, by who they are."""
+        return {node.id: number for number, node in enumerate(self._nodes) if node.id is not None and not node.let_go}
+
+    def blocks(self, number: int) -> BlockRange:
+        """What a node began with."""
+        return self._nodes[number].blocks
+
+    def invite_of(self, number: int) -> str:
+        """The invite by which others join through this node."""
+        invite = self._nodes[number].invite
+        if invite is None:
+            raise RuntimeError(f"node {number + 1} does not serve")
+        return invite
 
     async def __aenter__(self) -> LocalSwarm:
         """Raises the first node's error if one does not come up, and PeerTimedOut; nothing is left running then."""
         try:
-            self._peer = await Peer.found(Listen())
             async with asyncio.timeout(START_DEADLINE_S):
-                for number, blocks in enumerate(self._ranges):
-                    self._processes.append(await self._spawn(number, blocks))
-                await _all(self._until_serving(number) for number in range(len(self._processes)))
+                await self._start()
         except TimeoutError:
             await self.close()
             raise PeerTimedOut(
@@ -88,61 +135,111 @@ class LocalSwarm:
 
     async def lost(self) -> BsnsError:
         """Wait until a node's process ends that nobody asked to end; the error that says which."""
-        waits = [asyncio.ensure_future(process.wait()) for process in self._processes]
+        waits = [asyncio.ensure_future(node.process.wait()) for node in self._nodes if not node.let_go]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        number = next(n for n, process in enumerate(self._processes) if process.returncode is not None)
-        how = _how(self._processes[number].returncode)
-        return PeerFailed(f"node {number + 1} {how}; nobody holds blocks {self._ranges[number]} now")
+        number, node = next(
+            (n, node) for n, node in enumerate(self._nodes) if node.process.returncode is not None and not node.let_go
+        )
+        how = _how(node.process.returncode)
+        return PeerFailed(f"node {number + 1} {how}; nobody holds blocks {node.blocks} now")
 
     async def restart(self, number: int) -> None:
         """Start a node again whose process has ended or is to end now. Raises as entering the context does."""
-        await _stop(self._processes[number])
-        self._processes[number] = await self._spawn(number, self._ranges[number])
+        node = self._nodes[number]
+        await _stop(node.process)
+        node.id = node.invite = None
+        self._told(number, f"blocks {node.blocks}: starting")
+        node.process = await self._spawn(node.words, node.home, self.peer.invite)
+        node.let_go = False
         async with asyncio.timeout(START_DEADLINE_S):
             await self._until_serving(number)
 
+    async def add(
+        self, blocks: BlockRange, words: Sequence[str] | None = None, *, home: Home | None = None, invite: str = ""
+    ) -> int:
+        """Start one more node, for this range (or as further words of `bsns serve` say), and wait until it serves; its
+        number. It joins by our invite, or another's. Raises as entering the context does."""
+        words = tuple(words) if words is not None else self._place(blocks)
+        number = await self._begin(blocks, words, home or Home(), invite or self.peer.invite)
+        async with asyncio.timeout(START_DEADLINE_S):
+            await self._until_serving(number)
+        return number
+
+    async def let_go(self, number: int, signum: signal.Signals = signal.SIGTERM) -> None:
+        """End a node for good, or until it is started again; returns when its process has ended. Its number stays."""
+        node = self._nodes[number]
+        node.let_go = True
+        with contextlib.suppress(TimeoutError, ProcessLookupError):
+            async with asyncio.timeout(LEAVE_DEADLINE_S):
+                node.process.send_signal(signum)
+                await node.process.wait()
+        await _stop(node.process)
+
     async def close(self) -> None:
         """Ask every node to leave, and kill those that do not within `STOP_DEADLINE_S`."""
-        await asyncio.gather(*(_stop(process) for process in self._processes))
+        await asyncio.gather(*(_stop(node.process) for node in self._nodes))
         if self._peer is not None:
             await self._peer.close()
             self._peer = None
 
-    async def _spawn(self, number: int, blocks: BlockRange) -> asyncio.subprocess.Process:
+    async def _start(self) -> None:
+        listen = Listen(self._own_home.host)
+        if self._founder is None:
+            self._peer = await Peer.found(listen)
+        else:
+            await self._begin(BlockRange(0, 1), tuple(self._founder), self._home(0), None)
+            await self._until_serving(0)
+            self._peer = await Peer.join(self.invite_of(0), listen)
+        first = len(self._nodes)
+        for number, blocks in enumerate(self._ranges, first):
+            await self._begin(blocks, self._place(blocks), self._home(number), self._peer.invite)
+        await _all(self._until_serving(number) for number in range(first, len(self._nodes)))
+
+    def _home(self, number: int) -> Home:
+        return self._homes[number] if self._homes else Home()
+
+    async def _begin(self, blocks: BlockRange, words: tuple[str, ...], home: Home, invite: str | None) -> int:
+        number = len(self._nodes)
         self._told(number, f"blocks {blocks}: starting")
+        self._nodes.append(_Node(blocks, words, home, await self._spawn(words, home, invite)))
+        return number
+
+    async def _spawn(self, words: Sequence[str], home: Home, invite: str | None) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "bsns.cli.main", "serve"),
-            *("--json", "--leashed", str(os.getpid()), *self._arguments, *self._place(blocks), "--", self._model),
+            *(*home.within, sys.executable, "-m", "bsns.cli.main", "serve"),
+            *("--json", "--leashed", str(os.getpid()), "--host", home.host),
+            *(*self._arguments, *words, "--", self._model),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            env=os.environ | {"BSNS_INVITE": self.peer.invite, "OMP_NUM_THREADS": str(self._threads)},
+            env=os.environ | {"BSNS_INVITE": invite or "", "OMP_NUM_THREADS": str(self._threads)},
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
 
-    def _place(self, blocks: BlockRange) -> list[str]:
+    def _place(self, blocks: BlockRange) -> tuple[str, ...]:
         if not self._movable:
-            return ["--blocks", str(blocks)]
-        return ["--first-blocks", str(blocks), "--most-blocks", str(max(map(len, self._ranges)) + 1)]
+            return "--blocks", str(blocks)
+        return "--first-blocks", str(blocks), "--most-blocks", str(max(map(len, self._ranges)) + 1)
 
     async def _until_serving(self, number: int) -> None:
-        process, name = self._processes[number], f"node {number + 1}"
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
+        node, name = self._nodes[number], f"node {number + 1}"
+        assert node.process.stdout is not None
+        while line := await node.process.stdout.readline():
             match _event(line):
-                case {"event": "serving"}:
-                    self._told(number, f"blocks {self._ranges[number]}: serving")
+                case {"event": "serving", "id": str(peer), "invite": str(invite)}:
+                    node.id, node.invite = PeerId(peer), invite
+                    self._told(number, f"blocks {node.blocks}: serving")
                     return
                 case {"event": "error", "code": str(code), "message": str(message)}:
                     raise error_from_wire(code, f"{name}: {message}")
                 case {"event": "progress", "what": str(what)}:
-                    self._told(number, f"blocks {self._ranges[number]}: {what}")
+                    self._told(number, f"blocks {node.blocks}: {what}")
                 case _:
                     continue  # a library's own words
-        raise PeerFailed(f"{name} {_how(await process.wait())} before it served")
+        raise PeerFailed(f"{name} {_how(await node.process.wait())} before it served")
 
 
 async def _all(starting: Any) -> None:

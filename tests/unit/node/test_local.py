@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import CorruptModel, PeerFailed
-from bsns.node.local import LocalSwarm, _all, _how
+from bsns.node.local import Home, LocalSwarm, _all, _how, _Node
 
 
 async def swarm_of(*scripts: str) -> tuple[LocalSwarm, list[tuple[int, str]]]:
@@ -18,18 +19,21 @@ async def swarm_of(*scripts: str) -> tuple[LocalSwarm, list[tuple[int, str]]]:
     swarm = LocalSwarm("m", ranges, told=lambda number, what: told.append((number, what)))
     for script in scripts:
         process = await asyncio.create_subprocess_exec("sh", "-c", script, stdout=asyncio.subprocess.PIPE)
-        swarm.processes.append(process)
+        blocks = ranges[len(swarm.processes)]
+        swarm._nodes.append(_Node(blocks, (), Home(), process))
     return swarm, told
 
 
 async def test_progress_is_passed_on_and_noise_is_not() -> None:
     swarm, told = await swarm_of(
-        """echo '{"event": "progress", "what": "loading"}'; echo x; echo []; echo '{"event": "serving"}';"""
+        """echo '{"event": "progress", "what": "loading"}'; echo x; echo []; """
+        """echo '{"event": "serving", "id": "a", "invite": "b"}';"""
         "exec sleep 9"
     )
     try:
         await swarm._until_serving(0)
         assert told == [(0, "blocks 0:1: loading"), (0, "blocks 0:1: serving")]
+        assert (swarm.members(), swarm.invite_of(0)) == ({"a": 0}, "b")
     finally:
         await swarm.close()
     assert swarm.processes[0].returncode is not None
@@ -61,10 +65,22 @@ async def test_a_lost_node_is_named() -> None:
 
 async def test_a_node_deaf_to_signals_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bsns.node.local.STOP_DEADLINE_S", 0.1)
-    swarm, _ = await swarm_of("""trap '' TERM; echo '{"event": "serving"}'; while :; do sleep 0.05; done""")
+    serving = """echo '{"event": "serving", "id": "a", "invite": "b"}'"""
+    swarm, _ = await swarm_of(f"trap '' TERM; {serving}; while :; do sleep 0.05; done")
     await swarm._until_serving(0)
     await swarm.close()
     assert swarm.processes[0].returncode == -9
+
+
+async def test_a_node_that_is_let_go_is_not_lost() -> None:
+    swarm, _ = await swarm_of("exec sleep 60", "exec sleep 60")
+    try:
+        await swarm.let_go(0, signal.SIGKILL)
+        assert swarm.processes[0].returncode == -signal.SIGKILL
+        swarm.processes[1].kill()
+        assert "node 2 was ended" in (await swarm.lost()).message
+    finally:
+        await swarm.close()
 
 
 async def test_the_first_error_cancels_the_rest() -> None:
