@@ -42,7 +42,7 @@ _NAME = re.compile(r"bsns-(\d+)-\d+")
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One direction between two places."""
+    """One direction between two places; of rate 0 where it is cut, and swallows what is sent."""
 
     delay_s: float = 0.0
     bytes_per_s: float = math.inf
@@ -107,6 +107,10 @@ class Network:
         """The name of a place, for `enter`."""
         return self._names[place]
 
+    def within(self, place: int) -> tuple[str, ...]:
+        """Words in front of a command that has to run in a place."""
+        return "ip", "netns", "exec", self._names[place]
+
     @contextlib.contextmanager
     def entered(self, place: int) -> Iterator[None]:
         """This thread, with the sockets it makes and the processes it starts, is in a place within the block."""
@@ -116,6 +120,18 @@ class Network:
     def shape(self, ways: Mapping[tuple[int, int], Way]) -> None:
         """Replace the ways from one place to another, given as (from, to); in force when this returns."""
         self._ask([[a, b, way.delay_s, way.bytes_per_s] for (a, b), way in ways.items()])
+
+    def cut(self, place: int) -> None:
+        """Cut a place off: what it and the others send each other from now on is lost, and no connection is reset."""
+        self.shape(self._ways(place, Way(bytes_per_s=0.0)))
+
+    def mend(self, place: int) -> None:
+        """Undo `cut`; the ways are without delay then."""
+        self.shape(self._ways(place, Way()))
+
+    def _ways(self, place: int, way: Way) -> dict[tuple[int, int], Way]:
+        others = [other for other in range(self.count) if other != place]
+        return {ends: way for other in others for ends in ((place, other), (other, place))}
 
     def counts(self) -> Counts:
         return self._ask([])

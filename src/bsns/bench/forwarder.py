@@ -26,7 +26,10 @@ PR_SET_TIMERSLACK = 29
 
 
 class Wire:
-    """One direction between two places: a packet takes its turn at `bytes_per_s`, then travels for `delay_s`."""
+    """One direction between two places: a packet takes its turn at `bytes_per_s`, then travels for `delay_s`.
+
+    A wire of rate 0 is cut: what is sent there is lost, and nobody is told.
+    """
 
     __slots__ = ("_free_s", "bytes_per_s", "delay_s")
 
@@ -36,7 +39,9 @@ class Wire:
         self._free_s = 0.0
 
     def due_s(self, now_s: float, size: int) -> float | None:
-        """When a packet given now arrives; None if the queue before it is full."""
+        """When a packet given now arrives; None if the queue before it is full, or the wire is cut."""
+        if not self.bytes_per_s:
+            return None
         begin_s = max(now_s, self._free_s)
         if begin_s - now_s > QUEUE_S:
             return None
