@@ -1,10 +1,11 @@
-"""`bsns bench survive`: answers over real processes that are killed, stopped, slowed down and made to lie.
+"""`bsns bench survive`: answers over real processes that are killed, stopped, cut off, slowed down and made to lie.
 
-Six nodes of the model, four in a row and two spares that hold half of it each. In every cell a long answer is begun,
-the fault strikes after some tokens, and the answer is compared with the undisturbed one; the gap is the longest time
-between two tokens. A node that was killed is started again before the next cell.
+Eight nodes of the model: four in a row, and a second one for each of their ranges. In every cell a long answer is
+begun, the fault strikes after some tokens, and the answer is compared with the undisturbed one; the gap is the longest
+time between two tokens. A node that was killed is started again before the next cell. Networks are cut in an emulated
+one; bench.offices strikes nodes that hold no stage.
 
-The second part is the table of Petals' paper (Borzunov et al. 2023, arXiv 2312.08361): steps per second where each step
+The last part is the table of Petals' paper (Borzunov et al. 2023, arXiv 2312.08361): steps per second where each step
 fails with a given probability, here by cutting the client's stream to a stage drawn by lot.
 """
 
@@ -13,119 +14,138 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import signal
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
+from bsns.bench import offices
+from bsns.bench.emulation import Network, hindrance
+from bsns.bench.faults import CLIENT, CUT, SIGNALS, Faults, homes
+from bsns.bench.struck import STRIKES_AFTER, Cell, Outcome, answer, is_freed, recomputed, rows_of, table, until_whole
 from bsns.client.generate import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BsnsError, PeerLost
+from bsns.core.errors import PeerLost
 from bsns.core.ids import PeerId
-from bsns.model.source import resolve
+from bsns.model.source import ModelSource, resolve
 from bsns.node.client import Client
-from bsns.node.local import LocalSwarm
+from bsns.node.local import Home, LocalSwarm
 from bsns.planning.joining import equal_split
 from bsns.worker.faults import VARIABLE
 
 PROMPT = "Write a long story about a lighthouse keeper and the sea, with many details. "
 STAGES = 4
-STRIKES_AFTER = 16
-"""Tokens."""
-TOKENS = 48
+HOLDERS = 2
+"""Of every range. Spares that hold more would make shorter routes than those that are to be struck."""
+TOKENS, QUICK_TOKENS = 48, 32
 CONTEXT = 256
 """Tokens that the session holds when the fault strikes."""
-FREED_S = 4.0
 DTYPE = "float32"
 """A replay computes in chunks what was computed token by token: in bfloat16 that rounds differently."""
 
-SIGNALS = {
-    "kill": signal.SIGKILL,
-    "stop": signal.SIGSTOP,
-    "slow": signal.SIGUSR1,
-    "garbage": signal.SIGUSR2,
-    "leave": signal.SIGTERM,
-}
-UNDO = {"stop": signal.SIGCONT, "slow": signal.SIGUSR1, "garbage": signal.SIGUSR2}
 PLACES: dict[str, Callable[[int], list[int]]] = {
     "first": lambda stages: [0],
     "middle": lambda stages: [stages // 2],
     "last": lambda stages: [stages - 1],
     "double": lambda stages: [0, stages - 1],
+    "adjacent": lambda stages: [stages // 2 - 1, stages // 2],
 }
 NAMES = {0.0: "0", 1e-4: "1e-4", 1e-3: "1e-3", 1e-2: "1e-2"}
 GREEDY = SamplingOptions(max_tokens=TOKENS)
 SEEDED = SamplingOptions(max_tokens=TOKENS, temperature=0.8, top_p=0.95, seed=11)
+QUICK = SamplingOptions(max_tokens=QUICK_TOKENS)
 
 Told = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One answer: its tokens, the longest gap between two, and what it took."""
-
-    tokens: list[int]
-    gap_s: float
-    error: str | None
-    repairs: int
-
-
 async def bench_survive(model: str, *, quick: bool, seed: int, told: Told) -> dict[str, Any]:
     """Measure and report; keys as in docs/benchmarks.md."""
+    started_s = time.monotonic()
     source = await asyncio.to_thread(resolve, model)
-    ranges = [*equal_split(source.block_count, STAGES), *equal_split(source.block_count, 2)]
     os.environ[VARIABLE] = "1"
     load_before = os.getloadavg()[0]
+    figures = await _bench(model, source, quick, seed, told)
+    if (problem := hindrance()) is None:
+        merge(figures, await _bench_cut(model, source, quick, told))
+    else:
+        told(f"no node's network is cut: {problem}")
+    merge(figures, await offices.bench_offices(model, source, quick=quick, dtype=DTYPE, told=told))
+    return {
+        **figures,
+        "left_out": {CUT: problem} if problem is not None else {},
+        "model": source.name,
+        "dtype": DTYPE,
+        "quick": quick,
+        "took_s": round(time.monotonic() - started_s),
+        "load_before": round(load_before, 2),
+    }
+
+
+async def _bench(model: str, source: ModelSource, quick: bool, seed: int, told: Told) -> dict[str, Any]:
+    """What signals do, and the rates."""
+    ranges = ranges_of(source.block_count)
     told(f"starting {len(ranges)} nodes")
     async with LocalSwarm(model, ranges, dtype=DTYPE) as swarm, Client.on(swarm.peer, source, dtype=DTYPE) as client:
-        bench = Bench(swarm, client, ranges)
-        cells = await bench.cells(quick, told)
-        rate = await bench.rates(quick, seed, told)
-    return {**cells, **rate, "model": source.name, "dtype": DTYPE, "quick": quick, "load_before": round(load_before, 2)}
+        bench = Bench(swarm, client)
+        figures = await bench.cells(quick, told)
+        return figures | await bench.rates(quick, seed, told)
+
+
+async def _bench_cut(model: str, source: ModelSource, quick: bool, told: Told) -> dict[str, Any]:
+    """What a cut does, in an emulated network without delay."""
+    ranges = ranges_of(source.block_count)
+    told(f"starting {len(ranges)} nodes in an emulated network")
+    with Network(len(ranges) + 1) as network, network.entered(CLIENT):
+        async with AsyncExitStack() as stack:
+            own_home, places = Home(network.address(CLIENT)), homes(network, len(ranges))
+            swarm = LocalSwarm(model, ranges, dtype=DTYPE, homes=places, own_home=own_home)
+            await stack.enter_async_context(swarm)
+            client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE))
+            return await Bench(swarm, client, network).cells(quick, told, faults=(CUT,))
+
+
+def ranges_of(block_count: int) -> list[BlockRange]:
+    """What the nodes hold: the model in a row, as often as it has holders."""
+    return [*equal_split(block_count, min(STAGES, block_count))] * HOLDERS
+
+
+def merge(figures: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add figures to figures, where both have objects their entries."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(known := figures.get(key), dict):
+            merge(known, value)
+        else:
+            figures[key] = value
 
 
 class Bench:
     """One swarm and its client, under faults."""
 
-    def __init__(self, swarm: LocalSwarm, client: Client, ranges: list[BlockRange]) -> None:
-        self.swarm, self.client, self.ranges = swarm, client, ranges
+    def __init__(self, swarm: LocalSwarm, client: Client, network: Network | None = None) -> None:
+        self.swarm, self.client = swarm, client
+        self._faults = Faults(swarm, network)
         text = client.tokens(PROMPT * 40)
         self.prompt = text[: CONTEXT - STRIKES_AFTER]
 
-    async def cells(self, quick: bool, told: Told) -> dict[str, Any]:
+    async def cells(
+        self,
+        quick: bool,
+        told: Told,
+        *,
+        faults: Sequence[str] = tuple(SIGNALS),
+        places: Collection[str] = tuple(PLACES),
+    ) -> dict[str, Any]:
         """Every fault in every place, under greedy and seeded sampling."""
-        gap_ms: dict[str, dict[str, float]] = {}
-        exact: dict[str, dict[str, bool]] = {}
-        freed: dict[str, dict[str, bool]] = {}
-        repairs: dict[str, dict[str, int]] = {}
-        usual = await self._undisturbed(GREEDY), await self._undisturbed(SEEDED)
-        for fault in SIGNALS:
-            for place in PLACES:
-                told(f"{fault} the {place} stage")
-                outcomes = []
-                clean = True
-                for options, reference in zip((GREEDY, SEEDED)[: 1 if quick else 2], usual, strict=False):
-                    outcome = await self._struck(fault, place, options)
-                    outcomes.append((outcome, outcome.tokens == reference.tokens))
-                    clean &= await self._is_freed()
-                gap_ms.setdefault(fault, {})[place] = round(1e3 * max(outcome.gap_s for outcome, _ in outcomes), 1)
-                exact.setdefault(fault, {})[place] = all(same for _, same in outcomes)
-                freed.setdefault(fault, {})[place] = clean
-                repairs.setdefault(fault, {})[place] = sum(outcome.repairs for outcome, _ in outcomes)
-                if problems := [outcome.error for outcome, _ in outcomes if outcome.error]:
-                    told(f"{fault} {place}: {problems[0]}")
-        usual_ms = 1e3 * statistics.median(outcome.gap_s for outcome in usual)
-        return {
-            "gap_ms": gap_ms,
-            "exact": exact,
-            "freed": freed,
-            "repairs": repairs,
-            "undisturbed_gap_ms": round(usual_ms, 1),
-        }
+        answers = [(options, await self._undisturbed(options)) for options in ((QUICK,) if quick else (GREEDY, SEEDED))]
+        cells: dict[tuple[str, str], Cell] = {}
+        for fault in faults:
+            for place in places:
+                cells[fault, place] = cell = await self._cell(fault, place, answers, told)
+                told(f"{fault} {place}: {1e3 * cell.gap_s:.0f} ms{'' if cell.exact else ', other tokens'}")
+        usual_ms = 1e3 * statistics.median(usual.gap_s for _, usual in answers)
+        return {**table(cells), "undisturbed_gap_ms": {CUT if CUT in faults else "stages": round(usual_ms, 1)}}
 
     async def rates(self, quick: bool, seed: int, told: Told) -> dict[str, Any]:
         """Steps per second at several probabilities that a step fails."""
@@ -149,7 +169,7 @@ class Bench:
                 times_s.append(time.perf_counter())
                 said.append(piece.token or 0)
                 if rng.random() < probability and len(said) < tokens:
-                    await self._cut(rng)
+                    await self._cut_stream(rng)
                     struck += 1
             rate[name] = round((len(times_s) - 1) / (times_s[-1] - times_s[0]), 2)
             failures[name] = struck
@@ -158,79 +178,45 @@ class Bench:
         ratio = round(rate["1e-2"] / rate["0"], 3)
         return {"rate": rate, "rate_ratio": {"1e-2": ratio}, "rate_failures": failures, "rate_exact": same}
 
-    async def _cut(self, rng: random.Random) -> None:
+    async def _cell(
+        self, fault: str, place: str, answers: Sequence[tuple[SamplingOptions, Outcome]], told: Told
+    ) -> Cell:
+        gap_s, exact, freed, repairs, again = 0.0, True, True, 0, 0
+        for options, usual in answers:
+            before = await rows_of(self.client)
+            outcome, struck = await self._struck(fault, place, options)
+            after = await rows_of(self.client)
+            if outcome.error:
+                told(f"{fault} {place}: {outcome.error}")
+            gap_s, repairs = max(gap_s, outcome.gap_s), repairs + outcome.repairs
+            exact &= outcome.tokens == usual.tokens
+            freed &= await is_freed(self.client)
+            again = max(again, recomputed(before, after, outcome, struck, len(self.prompt)))
+        return Cell(gap_s, exact, freed, repairs, again)
+
+    async def _cut_stream(self, rng: random.Random) -> None:
         """End the client's stream to a stage of its session, drawn by lot: the stage forgets the session."""
         route = self.client.generator.routes()[0]
         link = await self.client.generator.links.to(rng.choice(route))
         await link.give_up(PeerLost(f"the bench cut the stream to {link.peer}").about(link.peer))
 
     async def _undisturbed(self, options: SamplingOptions) -> Outcome:
-        await self._answer(options, lambda stats: None)  # warm
-        return await self._answer(options, lambda stats: None)
+        await answer(self.client, self.prompt, options)  # warm
+        return await answer(self.client, self.prompt, options)
 
-    async def _struck(self, fault: str, place: str, options: SamplingOptions) -> Outcome:
-        """An answer whose stages in this place fail, and a swarm that is whole again."""
-        numbers: list[int] = []
-        numbers_of = await self._numbers()
+    async def _struck(self, fault: str, place: str, options: SamplingOptions) -> tuple[Outcome, set[PeerId]]:
+        """An answer whose stages in this place fail, and who failed; the swarm is whole again."""
+        members = self.swarm.members()
+        struck: set[PeerId] = set()
 
         def strike(stats: Stats) -> None:
             for stage in PLACES[place](len(stats.route)):
-                number = numbers_of[stats.route[stage].peer]
-                self.swarm.processes[number].send_signal(SIGNALS[fault])
-                numbers.append(number)
+                struck.add(stats.route[stage].peer)
+            for peer in struck:
+                self._faults.strike(fault, members[peer])
 
-        outcome = await self._answer(options, strike)
-        assert numbers, f"the fault struck nobody: {outcome.error}"
-        for number in numbers:
-            if fault in UNDO:
-                self.swarm.processes[number].send_signal(UNDO[fault])
-            else:
-                await self.swarm.restart(number)
-        await self._until_whole()
-        return outcome
-
-    async def _answer(self, options: SamplingOptions, strike: Callable[[Stats], None]) -> Outcome:
-        times_s: list[float] = []
-        tokens: list[int] = []
-        stats = Stats()
-        error = None
-        repairs = self.client.generator.repairs
-        try:
-            async for piece in self.client.generator.stream(self.prompt, options, stats):
-                times_s.append(time.perf_counter())
-                tokens.append(piece.token or 0)
-                if len(tokens) == STRIKES_AFTER:
-                    strike(stats)
-        except BsnsError as failed:
-            error = f"{type(failed).__name__}: {failed.message}"
-        gaps_s = [after - before for before, after in pairwise(times_s)]
-        return Outcome(tokens, max(gaps_s, default=0.0), error, self.client.generator.repairs - repairs)
-
-    async def _numbers(self) -> dict[PeerId, int]:
-        """Which process is which peer."""
-        return {
-            node.record.peer: self.ranges.index(node.record.blocks)
-            for node in await self.client.status()
-            if node.now is not None
-        }
-
-    async def _is_freed(self) -> bool:
-        """Whether no node holds a session, soon after the last answer."""
-        give_up_s = time.monotonic() + FREED_S
-        while time.monotonic() < give_up_s:
-            nodes = [node for node in await self.client.status() if node.now is not None]
-            if not any(node.now.sessions for node in nodes if node.now is not None):
-                return True
-            await asyncio.sleep(0.2)
-        return False
-
-    async def _until_whole(self) -> None:
-        """Wait until every range has a node that answers, and nobody is passed over any more."""
-        give_up_s = time.monotonic() + 60.0
-        while time.monotonic() < give_up_s:
-            answering = {node.record.blocks for node in await self.client.status() if node.now is not None}
-            if answering >= set(self.ranges):
-                self.client.forgive()
-                return
-            await asyncio.sleep(0.5)
-        raise PeerLost("the swarm did not become whole again within 60 s")
+        outcome = await answer(self.client, self.prompt, options, strike)
+        assert struck, f"the fault struck nobody: {outcome.error}"
+        await self._faults.undo(fault, [members[peer] for peer in struck])
+        await until_whole(self.client, self.swarm.members)
+        return outcome, struck
