@@ -1,4 +1,4 @@
-# The words of the day: run, test, check, bench, clean. `make help` lists them.
+# The words of the day: run, test, check, bench, soak, clean. `make help` lists them.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: run test check bench clean help
+.PHONY: run test check bench soak clean help
 
 # Single quotes: make runs such a line without a shell in between, and Ctrl-C reaches bsns alone.
 run: $(READY) ## Three nodes on this machine answer a prompt
@@ -30,6 +30,9 @@ check: $(READY) ## Lint, format, types and import rules
 
 bench: $(READY) ## Decode speed, the short form (about a minute)
 	@$(BIN)/bsns bench decode --quick
+
+soak: $(READY) ## Half an hour of answers while nodes come and go
+	@$(BIN)/bsns bench soak
 
 clean: ## Remove caches and build leftovers; .venv stays
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
