@@ -149,7 +149,7 @@ class Bench:
 
     async def rates(self, quick: bool, seed: int, told: Told) -> dict[str, Any]:
         """Steps per second at several probabilities that a step fails."""
-        tokens = 128 if quick else 1024
+        tokens = 128 if quick else 512
         probabilities = (0.0, 1e-2) if quick else tuple(NAMES)
         rate: dict[str, float] = {}
         failures: dict[str, int] = {}
