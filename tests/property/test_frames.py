@@ -14,7 +14,19 @@ from bsns.core.errors import BadFrame, PeerLost, ProtocolError
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.frames import PREFIX, Message, decode_header, encode, split_body
 from bsns.protocol.greeting import Hello
-from bsns.protocol.inference import Failure, Open, Part, Ping, Reroute, Rerouted, Step, There, Where
+from bsns.protocol.inference import (
+    Failure,
+    Mirror,
+    Mirrored,
+    Open,
+    Part,
+    Ping,
+    Reroute,
+    Rerouted,
+    Step,
+    There,
+    Where,
+)
 from bsns.protocol.membership import Certificate
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
@@ -24,7 +36,10 @@ VALID: list[tuple[Message, list[bytes]]] = [
     (Ping(7), []),
     (Failure(SessionId(1), "CacheFull", "no room"), []),
     (Reroute(SessionId(1), PeerId("a"), PeerId("c"), ("/ip4/1.2.3.4/tcp/1",)), []),
+    (Reroute(SessionId(1), None, PeerId("c"), (), again=True, position=7, passes_from=9), []),
     (Rerouted(SessionId(1)), []),
+    (Mirror(SessionId(1), PeerId("c"), ("/ip4/1.2.3.4/tcp/1",), 5), []),
+    (Mirrored(SessionId(1), PeerId("c"), "PeerLost", "gone", PeerId("c")), []),
     (Where(SessionId(1)), []),
     (There(SessionId(1), 7, 6), []),
     (Hello(1, "ab" * 16, Certificate(b"k" * 32, 1e9, b"s" * 64, b"p" * 64)), []),

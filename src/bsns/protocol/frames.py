@@ -23,6 +23,8 @@ from bsns.protocol.inference import (
     Describe,
     Description,
     Failure,
+    Mirror,
+    Mirrored,
     Open,
     Opened,
     Ping,
@@ -37,7 +39,7 @@ from bsns.protocol.inference import (
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 PREFIX = struct.Struct("<II")
 MAX_HEADER_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -55,6 +57,8 @@ Message = (
     | Failure
     | Reroute
     | Rerouted
+    | Mirror
+    | Mirrored
     | Where
     | There
     | Close

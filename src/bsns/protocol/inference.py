@@ -5,6 +5,7 @@
     stage  → next stage      Step      …walk it…
     last stage → client      Result    …and return directly
     client → some stages     Reroute   a neighbour was lost and is replaced; answered by Rerouted
+    client → some stages     Mirror    a spare is to get what the next stage gets; answered by Mirrored
     client → every stage     Where     how far a session has come there; answered by There
     client → every stage     Close     answered by Closed
     stage  → client          Failure   anything that went wrong with a session, with a class of core.errors as code
@@ -95,13 +96,38 @@ class Reroute(msgspec.Struct, frozen=True, tag="reroute"):
     next_peer: PeerId | None
     next_addresses: tuple[str, ...] = ()
     again: bool = False
-    """Whether the next stage is to be sent everything from the first position on."""
+    """Whether the next stage is to be sent again what it lacks."""
+    position: int = 0
+    """With `again`: a next stage that was mirrored to is sent what comes from here on, or from where its mirror has
+    come to, if that is less. Any other is sent everything."""
+    passes_from: int | None = None
+    """For a spare: the first position whose output it is to pass on from now on."""
 
 
 class Rerouted(msgspec.Struct, frozen=True, tag="rerouted"):
     """The neighbours are as asked, unless `code` says what came in the way."""
 
     session: SessionId
+    code: str = ""
+    message: str = ""
+    about: PeerId | None = None
+
+
+class Mirror(msgspec.Struct, frozen=True, tag="mirror"):
+    """Send a spare for the next stage what the next stage gets: what has been sent on from `position` on, and whatever
+    follows. In place of the mirror before; with no peer there is none any more."""
+
+    session: SessionId
+    peer: PeerId | None
+    addresses: tuple[str, ...] = ()
+    position: int = 0
+
+
+class Mirrored(msgspec.Struct, frozen=True, tag="mirrored"):
+    """The mirror to `peer` is as asked, unless `code` says what came in the way."""
+
+    session: SessionId
+    peer: PeerId | None
     code: str = ""
     message: str = ""
     about: PeerId | None = None

@@ -157,6 +157,8 @@ class MemoryTransport:
     async def dial(self, peer: PeerId, addresses: Sequence[str] = (), *, deadline_s: float = 5.0) -> MemoryStream:
         """Raises PeerUnreachable unless the peer is alive, connected with this one, and listens."""
         await asyncio.sleep(0)
+        if peer == self._peer:
+            raise PeerUnreachable("a peer does not dial itself")  # nor does one of libp2p
         while self._network.is_silent(frozenset((self._peer, peer))):
             if deadline_s <= 0:
                 raise PeerUnreachable(f"{peer} does not answer")

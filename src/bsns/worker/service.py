@@ -23,6 +23,8 @@ from bsns.protocol.inference import (
     Describe,
     Description,
     Failure,
+    Mirror,
+    Mirrored,
     Open,
     Opened,
     Part,
@@ -44,15 +46,14 @@ from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.executor import Executor
 from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
-from bsns.worker.sessions import Replay, Session, SessionTable
+from bsns.worker.replays import Answer, Replays
+from bsns.worker.sessions import Session, SessionTable
 
 log = structlog.get_logger(__name__)
 
 SHORT_S = 0.05
 """Such batches are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
 BUSY_S = 1.0
-MAX_REWINDS = 64
-"""How often a replay goes back to what was computed anew: a session's stages may be in repair at several places."""
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
 
@@ -88,7 +89,9 @@ class Worker:
         self._busy = False
         self._clients: dict[PeerId, Stream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._replays: dict[SessionId, asyncio.Task[None]] = {}
+        self._replays = Replays(
+            self._relay, self._spawn, self._report_about, dtype=self._dtype, hidden_size=self._hidden_size
+        )
         self._rss_bytes = rss_bytes
         self._now_s = clock.now_s
         self._short_s = short_s
@@ -177,6 +180,8 @@ class Worker:
                 self._open(stream, message)
             case Reroute():
                 self._reroute(stream, message)
+            case Mirror():
+                self._mirror(stream, message)
             case Where():
                 session = self.sessions.get(message.session)
                 ours = session is not None and session.client == stream.peer
@@ -228,56 +233,61 @@ class Worker:
             self._report(stream, session.id, error)
 
     def _reroute(self, stream: Stream, message: Reroute) -> None:
-        """Give a session other neighbours; the next stage may be sent everything again."""
+        """Give a session other neighbours; the next stage may be sent again what it lacks."""
         try:
             session = self.sessions.reroute(message, stream.peer)
         except BsnsError as error:
             self._post(stream, Rerouted(message.session, error.code, error.message, error.peer))
             return
-        session.previous = message.previous_peer
-        if message.again and message.next_peer is not None:
-            self._stop_replay(session.id)  # whatever was begun before is out of date
-            task = self._spawn(self._replay(stream, session, message.next_peer, message.next_addresses))
-            self._replays[session.id] = task
+
+        def answer(error: BsnsError | None) -> None:
+            code, text, about = (error.code, error.message, error.peer) if error is not None else ("", "", None)
+            self._post(stream, Rerouted(session.id, code, text, about))
+
+        onward = message.next_peer
+        if message.again and onward is not None:
+            session.previous = message.previous_peer
+            self._replays.lead(session, onward, message.next_addresses, message.position, answer)
+        elif onward != session.next:
+            self._spawn(self._turn(session, message, answer))
         else:
-            self._post(stream, Rerouted(session.id))
+            self._set_neighbours(session, message)
+            answer(None)
 
-    def _follow(self, session: Session, replay: Replay, position: int) -> None:
-        """What was computed during a replay follows through the journal; what was computed anew is sent anew."""
-        if position >= replay.position:
-            return
-        replay.position, replay.rewinds = position, replay.rewinds + 1
-        if replay.rewinds > MAX_REWINDS:  # a ring of stages would keep itself busy for ever
-            self._stop_replay(session.id)
-            error = PeerFailed(f"a replay was overtaken {MAX_REWINDS} times by what it sends")
-            self._report(self._clients.get(session.client), session.id, error)
-
-    def _stop_replay(self, session: SessionId) -> None:
-        task = self._replays.pop(session, None)
-        if task is not None:
-            task.cancel()
-
-    async def _replay(self, stream: Stream, session: Session, peer: PeerId, addresses: Sequence[str]) -> None:
+    async def _turn(self, session: Session, message: Reroute, answer: Answer) -> None:
+        """Give a spare another next stage, which it is to know before it is needed."""
+        assert message.next_peer is not None
         try:
-            await self._relay.connect(peer, addresses)
+            await self._relay.connect(message.next_peer, message.next_addresses)
         except BsnsError as error:
-            self._post(stream, Rerouted(session.id, error.code, error.message, error.peer or peer))
+            answer(error.about(message.next_peer))
             return
-        session.next, session.next_addresses = peer, tuple(addresses)
-        session.passes_from = 0  # what the lost stage had not passed on, this one has to
-        replay = session.replay = Replay()
-        self._post(stream, Rerouted(session.id))
-        assert session.journal is not None
+        session.next, session.next_addresses = message.next_peer, message.next_addresses
+        self._set_neighbours(session, message)
+        answer(None)
+
+    def _set_neighbours(self, session: Session, message: Reroute) -> None:
+        session.previous = message.previous_peer
+        if message.passes_from is not None:
+            session.passes_from = message.passes_from
+
+    def _mirror(self, stream: Stream, message: Mirror) -> None:
+        """Send a spare what the next stage gets, or no longer."""
+
+        def answer(error: BsnsError | None) -> None:
+            code, text, about = (error.code, error.message, error.peer) if error is not None else ("", "", None)
+            self._post(stream, Mirrored(message.session, message.peer, code, text, about))
+
         try:
-            while (step := session.journal.step(replay.position)) is not None:
-                rows, wanted = step
-                part = Part(session.id, replay.position, len(rows) // session.journal.row_bytes, wanted)
-                replay.position += part.rows
-                tensors = (TensorSpec.raw("hidden", self._dtype, (part.rows, self._hidden_size)),)
-                await self._relay.send(peer, Step((part,), tensors), [rows])
+            session = self.sessions.mirror(message, stream.peer)
         except BsnsError as error:
-            self._report(self._clients.get(session.client), session.id, error.about(peer))
-        session.replay = None
+            answer(error)
+            return
+        if message.peer is not None:
+            self._replays.mirror(session, message.peer, message.addresses, message.position, answer)
+        else:
+            self._replays.end_mirror(session.id)
+            answer(None)
 
     def _accept(self, stream: Stream, message: Step, buffers: Sequence[memoryview]) -> None:
         """Check every part of a step and let it wait for its batch. Raises BadTensor or BadFrame for a whole frame."""
@@ -369,9 +379,8 @@ class Worker:
             work.session.done = part.position + part.rows
             if work.session.journal is not None:
                 work.session.journal.write(part.position, output, part.wanted)
-            if (replay := work.session.replay) is not None:
-                self._follow(work.session, replay, part.position)
-                continue
+                if self._replays.written(work.session, part.position):
+                    continue
             if part.position + part.rows <= work.session.passes_from:
                 continue  # a replay: whoever comes after has it
             groups[(onward is not None, onward or work.session.client)].append((work, output))
@@ -410,6 +419,9 @@ class Worker:
         """Tell a client that its session failed."""
         self._post(stream, Failure(session, error.code, error.message, error.peer))
 
+    def _report_about(self, session: Session, error: BsnsError) -> None:
+        self._report(self._clients.get(session.client), session.id, error)
+
     def _post(self, stream: Stream | None, message: Message, buffers: Sequence[memoryview] = ()) -> None:
         """Send to a client; one that is gone needs no telling, its sessions are freed when its stream ends."""
         if stream is None:
@@ -420,16 +432,27 @@ class Worker:
             log.info("nobody there to hear", peer=stream.peer, message=type(message).__name__, reason=lost.message)
 
     def _on_next_failure(self, peer: PeerId, failure: Failure) -> None:
-        """Tell a session's client that the next stage no longer has it; the stream's other sessions go on."""
+        """Tell a session's client that the next stage, or the spare for it, no longer has it; the stream's other
+        sessions go on."""
         session = self.sessions.get(failure.session)
-        if session is not None and session.next == peer:
-            told = Failure(failure.session, failure.code, failure.message, failure.about or peer)
-            self._post(self._clients.get(session.client), told)
+        if session is None:
+            return
+        about = failure.about or peer
+        if session.next != peer:
+            if session not in self._replays.mirrored_to(peer):
+                return
+            self._replays.end_mirror(session.id)
+            about = peer  # it is alone in what it does
+        told = Failure(failure.session, failure.code, failure.message, about)
+        self._post(self._clients.get(session.client), told)
 
     def _on_next_lost(self, peer: PeerId) -> None:
-        """Tell the clients of every session that went on through a next stage that is gone."""
+        """Tell the clients of every session that went on through a next stage, or a spare for it, that is gone."""
         error = PeerLost(f"the next stage {peer} is gone").about(peer)
-        for session in self.sessions.onward_to(peer):
+        mirrored = self._replays.mirrored_to(peer)
+        for session in mirrored:
+            self._replays.end_mirror(session.id)
+        for session in (*self.sessions.onward_to(peer), *mirrored):
             self._report(self._clients.get(session.client), session.id, error)
 
     def _client_of(self, session: SessionId, sender: Stream) -> Stream:
@@ -440,7 +463,7 @@ class Worker:
         return self._clients.get(held.client, sender)
 
     def _free(self, session: SessionId) -> None:
-        self._stop_replay(session)
+        self._replays.end(session)
         self._batcher.drop(session)
         for executor in self._executors.values():
             executor.close(session)

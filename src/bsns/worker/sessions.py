@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, CacheFull, NotHere, PositionGap, UnknownSession
 from bsns.core.ids import ModelId, PeerId, SessionId
-from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Open, Part, Reroute
+from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Mirror, Open, Part, Reroute
 from bsns.worker.journal import Journal
 
 MAX_ADDRESSES = 16
 MAX_TEXT = 256
 """Letters in a peer id or an address: a session keeps them as long as it is open."""
-
-
-@dataclass(slots=True)
-class Replay:
-    """A session's journal on its way to a new next stage; what is computed meanwhile follows through the journal."""
-
-    position: int = 0
-    """How far it has come."""
-    rewinds: int = 0
 
 
 @dataclass(slots=True)
@@ -47,7 +39,6 @@ class Session:
     """On which of the node's ranges it runs, to its end; `blocks` lie in it."""
     passes_from: int = 0
     """Outputs before this position are not passed on: the next stage has them."""
-    replay: Replay | None = None
     journal: Journal | None = None
     """What was passed on, or would have been; the last stage of a route has none."""
 
@@ -163,7 +154,7 @@ class SessionTable:
             raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
         if not 1 <= message.depth <= MAX_DEPTH:
             raise BadFrame(f"a route of {message.depth} stages is impossible")
-        _check_names(message)
+        _check_names(message.previous_peer, message.next_peer, message.next_addresses)
         if not 0 <= message.passes_from <= message.max_tokens:
             raise BadFrame(f"a stage cannot pass on what lies beyond {message.max_tokens} tokens")
         if message.max_tokens > self.cache_tokens_left or len(self._sessions) >= self.max_sessions:
@@ -214,15 +205,33 @@ class SessionTable:
 
     def reroute(self, message: Reroute, client: PeerId) -> Session:
         """The session that is to get other neighbours. Raises UnknownSession for one of others, or BadFrame."""
-        session = self._sessions.get(message.session)
-        if session is None or session.client != client:
-            raise UnknownSession(f"no session {message.session} is open here for this peer; reopen it and replay")
+        session = self._own(message.session, client)
         if (session.next is None) != (message.next_peer is None):
             raise BadFrame("a stage that was the last of its route stays the last, and another does not become it")
-        if not message.again and message.next_peer != session.next:
+        if not message.again and message.passes_from is None and message.next_peer != session.next:
             raise BadFrame("a next stage that is new has to be sent everything")
-        _check_names(message)
+        if not (0 <= message.position <= session.max_tokens and 0 <= (message.passes_from or 0) <= session.max_tokens):
+            raise BadFrame(f"a position beyond the {session.max_tokens} tokens reserved, or before the first")
+        _check_names(message.previous_peer, message.next_peer, message.next_addresses)
         return session
+
+    def mirror(self, message: Mirror, client: PeerId) -> Session:
+        """The session that is to be mirrored. Raises UnknownSession for one of others, or BadFrame."""
+        session = self._own(message.session, client)
+        if session.next is None:
+            raise BadFrame("the last stage of a route passes on nothing that a spare could need")
+        if message.peer is not None and message.peer in (session.client, session.previous, session.next):
+            raise BadFrame(f"{message.peer} takes part in the session, and is no spare for it")
+        if not 0 <= message.position <= session.max_tokens:
+            raise BadFrame(f"a mirror from {message.position} on, of {session.max_tokens} tokens reserved")
+        _check_names(session.previous, message.peer, message.addresses)
+        return session
+
+    def _own(self, session: SessionId, client: PeerId) -> Session:
+        held = self._sessions.get(session)
+        if held is None or held.client != client:
+            raise UnknownSession(f"no session {session} is open here for this peer; reopen it and replay")
+        return held
 
     def close(self, session: SessionId, client: PeerId) -> bool:
         """Forget a session at its client's wish; False if there was none."""
@@ -267,11 +276,9 @@ class SessionTable:
         self._reserved -= session.max_tokens
 
 
-def _check_names(message: Open | Reroute) -> None:
-    if message.next_peer is not None and message.next_peer == message.previous_peer:
+def _check_names(previous: PeerId | None, onward: PeerId | None, addresses: Sequence[str]) -> None:
+    if onward is not None and onward == previous:
         raise BadFrame("a route does not lead back to where it comes from")
-    peers = [peer for peer in (message.previous_peer, message.next_peer) if peer is not None]
-    if len(message.next_addresses) > MAX_ADDRESSES or any(
-        len(text) > MAX_TEXT for text in (*peers, *message.next_addresses)
-    ):
+    peers = [peer for peer in (previous, onward) if peer is not None]
+    if len(addresses) > MAX_ADDRESSES or any(len(text) > MAX_TEXT for text in (*peers, *addresses)):
         raise BadFrame(f"more than {MAX_ADDRESSES} addresses, or one or a peer of more than {MAX_TEXT} letters")
