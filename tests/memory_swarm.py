@@ -133,6 +133,7 @@ class MemorySwarm:
         deadline_s: float = 20.0,
         end_tokens: Collection[int] = (),
         name: str | None = None,
+        warm_spares: bool = False,
     ) -> Generator:
         """A client that finds its routes in the directory, or always takes `route`."""
         dtype = str(ends.dtype).removeprefix("torch.")
@@ -160,6 +161,7 @@ class MemorySwarm:
             deadline_s=deadline_s,
             release=view.release if route is None else lambda route: None,
             blame=view.blame,
+            warm_spares=warm_spares,
         )
         self.clients.append((generator, transport))
         return generator

@@ -12,12 +12,14 @@ import torch
 
 from bsns.client.decoder import SHORT_S, Answer, Arrived, Decoder, Turned
 from bsns.client.detokenize import Detokenizer, StopMatcher
+from bsns.client.finding import Blame, FindRoute, Release
 from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
-from bsns.client.reader import Reader
-from bsns.client.repair import Blame, FindRoute, Release, Repairs
+from bsns.client.reader import CHUNK_ROWS, Reader
+from bsns.client.repair import Repairs
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
+from bsns.client.spares import Spares
 from bsns.client.watch import Watch, patience_s
 from bsns.core.errors import (
     BadOption,
@@ -39,9 +41,6 @@ from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
-
-CHUNK_ROWS = 128
-"""Prompt tokens per step: small enough that stages work on different chunks at once, large enough to fill a product."""
 
 T = TypeVar("T")
 
@@ -98,7 +97,9 @@ class Generator:
         blame: Blame = lambda peer, error: None,
         clock: Clock = MACHINE_CLOCK,
         short_turn_s: float = SHORT_S,
+        warm_spares: bool = False,
     ) -> None:
+        """`warm_spares`: other nodes compute every answer's stages along, where there are such."""
         self.prompts = prompts
         self.context_tokens = context_tokens
         self._model = model
@@ -120,7 +121,9 @@ class Generator:
             clock=clock,
             short_s=short_turn_s,
         )
-        self._repairs = Repairs(find_route, release, blame, self._feed)
+        self._warm_spares = warm_spares
+        self._spares = Spares(find_route, release, blame, self._send_rows)
+        self._repairs = Repairs(find_route, release, blame, self._feed, self._spares)
         self._watch = Watch(self._links, self._repairs.lose, clock)
         self._readers: dict[SessionId, Reader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -133,6 +136,11 @@ class Generator:
     def repairs(self) -> int:
         """How many times stages have been replaced."""
         return self._repairs.made
+
+    @property
+    def warm_repairs(self) -> int:
+        """How many of them by a spare that had computed along."""
+        return self._repairs.made_warm
 
     def routes(self) -> list[list[PeerId]]:
         """The stages of every session that is open now."""
@@ -163,6 +171,8 @@ class Generator:
         try:
             answer.sent_s = self._clock.now_s()
             await self._feed(reader)
+            if self._warm_spares:
+                self._spares.keep(reader)
             detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
             while True:
                 turned = await self._hear(reader, Turned)
@@ -247,14 +257,15 @@ class Generator:
             reader.mending.cancel()
             await asyncio.gather(reader.mending, return_exceptions=True)
         self._release(reader.session.route)
+        self._spawn(self._spares.end(reader))
         self._spawn(reader.session.close())
 
-    async def _feed(self, reader: Reader, *, again: bool = False) -> None:
+    async def _feed(self, reader: Reader, *, again_from: int | None = None) -> None:
         """Send a reader's tokens as far as they may be, in chunks, without waiting for what they bring: so the stages
-        work on different chunks at once. `again`: from the first on, to a new first stage."""
+        work on different chunks at once. `again_from`: what lies there and after once more, to a new first stage."""
         async with reader.feeding:
-            if again:
-                reader.sent = 0
+            if again_from is not None:
+                reader.sent = again_from
             link = reader.session.first
             while (start := reader.sent) < (goal := reader.goal) and reader.session.first is link:
                 end = min(start + CHUNK_ROWS, goal)
@@ -262,6 +273,7 @@ class Generator:
                 if reader.session.first is not link:
                     return  # whoever put another in its place begins again
                 reader.sent = end
+                self._spares.fed(reader)
                 try:
                     async with asyncio.timeout(self._deadline_s):
                         wanted = reader.wanted if end == goal else 0
@@ -273,6 +285,16 @@ class Generator:
                 except BsnsError as error:
                     self._repairs.lose(reader, link.peer, error)
                     return
+
+    async def _send_rows(self, reader: Reader, link: Link, start: int, end: int) -> None:
+        """Send a reader's tokens to a node that computes them along. Raises PeerLost, PeerTimedOut."""
+        hidden = await self._decoder.embed(reader.tokens[start:end], start)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await link.send(*self._step([(reader.session.id, start, end - start, 0, hidden)]))
+        except TimeoutError:
+            late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
+            raise late.about(link.peer) from None
 
     async def _hear(self, reader: Reader, kind: type[T]) -> T:
         """What the session brings next. While it is late, its stages are asked whether they are there."""
@@ -347,6 +369,7 @@ class Generator:
             # where the first stage is being replaced, whoever feeds the new one sends this as well
             if item.hidden is not None and reader.sent == position and not reader.feeding.locked():
                 reader.sent += 1
+                self._spares.fed(reader)
                 groups[reader.session.first].append((item.answer.session, position, 1, 1, item.hidden))
             reader.heard.put_nowait(item)
         for link, steps in groups.items():
@@ -365,7 +388,7 @@ class Generator:
         """A stage says that a session cannot go on. One that is lost itself is believed no more, unless it says that
         it was sent what makes no sense: then one of the two lies, and nobody can say which."""
         reader = self._readers.get(session)
-        if reader is None:
+        if reader is None or self._spares.heard(reader, teller, error):
             return
         route = [hop.peer for hop in reader.session.route]
         if teller not in route:  # it is none of its business, or not any more, or not yet
@@ -388,6 +411,7 @@ class Generator:
         for reader in list(self._readers.values()):
             if any(hop.peer == peer for hop in reader.session.route):
                 self._repairs.lose(reader, peer, error)
+            self._spares.lost(reader, peer, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

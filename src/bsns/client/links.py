@@ -19,6 +19,8 @@ from bsns.protocol.inference import (
     Describe,
     Description,
     Failure,
+    Mirror,
+    Mirrored,
     Open,
     Opened,
     Part,
@@ -67,6 +69,7 @@ class Link:
         self._opening: dict[SessionId, asyncio.Future[int]] = {}
         self._closing: dict[SessionId, asyncio.Future[int]] = {}
         self._rerouting: dict[SessionId, asyncio.Future[None]] = {}
+        self._mirroring: dict[tuple[SessionId, PeerId | None], asyncio.Future[None]] = {}
         self._wheres: dict[SessionId, asyncio.Future[There]] = {}
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._probes: dict[int, asyncio.Future[float]] = {}
@@ -94,6 +97,10 @@ class Link:
     async def reroute(self, message: Reroute, deadline_s: float) -> None:
         """Give a session other neighbours on this node. Raises what the node answers, PeerTimedOut, PeerLost."""
         await self._ask(self._rerouting, message.session, message, deadline_s)
+
+    async def mirror(self, message: Mirror, deadline_s: float) -> None:
+        """Let a spare get what the next stage gets. Raises what the node answers, PeerTimedOut, PeerLost."""
+        await self._ask(self._mirroring, (message.session, message.peer), message, deadline_s)
 
     async def where(self, session: SessionId, deadline_s: float) -> There:
         """How far a session has come on the node. Raises PeerTimedOut, PeerLost."""
@@ -188,12 +195,9 @@ class Link:
             case Opened():
                 _settle(self._opening.get(message.session), message.cache_tokens_left)
             case Rerouted():
-                rerouting = self._rerouting.get(message.session)
-                if not message.code:
-                    _settle(rerouting, None)
-                elif rerouting is not None:
-                    error = error_from_wire(message.code, message.message, message.about)
-                    _fail(rerouting, error.about(self.peer))
+                self._settle_or_fail(self._rerouting.get(message.session), message)
+            case Mirrored():
+                self._settle_or_fail(self._mirroring.get((message.session, message.peer)), message)
             case Closed():
                 _settle(self._closing.get(message.session), message.cache_tokens_left)
             case There():
@@ -210,6 +214,12 @@ class Link:
             case _:
                 raise BadFrame(f"a client does not take {type(message).__name__}")
 
+    def _settle_or_fail(self, future: asyncio.Future[None] | None, message: Rerouted | Mirrored) -> None:
+        if not message.code:
+            _settle(future, None)
+        elif future is not None:
+            _fail(future, error_from_wire(message.code, message.message, message.about).about(self.peer))
+
     def _lose(self, error: BsnsError) -> None:
         if isinstance(error, ProtocolError):
             error = PeerLost(f"node {self.peer} broke the protocol: {error.message}")
@@ -218,6 +228,7 @@ class Link:
             *self._opening.values(),
             *self._closing.values(),
             *self._rerouting.values(),
+            *self._mirroring.values(),
             *self._wheres.values(),
             *self._pings.values(),
             *self._probes.values(),

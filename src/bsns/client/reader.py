@@ -12,6 +12,9 @@ from bsns.client.session import Session
 from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId
 
+CHUNK_ROWS = 128
+"""Prompt tokens per step: small enough that stages work on different chunks at once, large enough to fill a product."""
+
 
 class Reader:
     """An answer's, which hears its turns, or without an answer a text's, which hears its steps' rows themselves."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import structlog
 
+from bsns.client.finding import Blame, FindRoute, Release
 from bsns.client.reader import Reader
+from bsns.client.spares import Spares
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerFailed, PeerLeaving, PeerSlow, Remedy, SwarmError
 from bsns.core.ids import PeerId
@@ -16,39 +18,35 @@ from bsns.routing.chain import Route
 
 log = structlog.get_logger(__name__)
 
-FindRoute = Callable[[int, Collection[PeerId], BlockRange | None, bool], Awaitable[Route]]
-"""Chooses stages for a range (None: for all blocks) with room for so many tokens, avoiding these peers; among those
-known already unless the last says that they are to be asked for again.
-
-Raises MissingBlocks, CacheFull."""
-Release = Callable[[Route], None]
-"""Told of chosen stages when their session has ended, could not be opened, or has lost them."""
-Blame = Callable[[PeerId, BsnsError], None]
-"""Told of every stage that failed, and how."""
-
 ATTEMPT_S = 3.0
 """What a spare may take to open a session, and its neighbours to turn to it: then another is tried."""
+WARM_S = 0.75
+"""The same for a spare that is warm: it has to do no more than to answer."""
 AGAIN_S = 0.1
 MOST_AGAIN_S = 2.0
 """How long to wait before looking again, where nobody can take a lost stage's place: longer each time."""
 
 
 class Feed(Protocol):
-    """Sends what a reader's session has not been sent yet; `again`: everything, to a first stage that is new."""
+    """Sends what a reader's session has not been sent yet; `again_from`: what lies there and after, to a first stage
+    that is new."""
 
-    async def __call__(self, reader: Reader, *, again: bool = False) -> None: ...
+    async def __call__(self, reader: Reader, *, again_from: int | None = None) -> None: ...
 
 
 class Repairs:
     """Replaces the lost stages of a client's sessions."""
 
-    def __init__(self, find_route: FindRoute, release: Release, blame: Blame, feed: Feed) -> None:
+    def __init__(self, find_route: FindRoute, release: Release, blame: Blame, feed: Feed, spares: Spares) -> None:
         self._find_route = find_route
         self._release = release
         self._blame = blame
         self._feed = feed
+        self._spares = spares
         self.made = 0
         """How many stages have been replaced."""
+        self.made_warm = 0
+        """How many of them by a warm spare."""
 
     def lose(self, reader: Reader, peer: PeerId | None, error: BsnsError) -> None:
         """A stage has failed. The reader goes on once it is replaced, or hears of it where it cannot be."""
@@ -95,20 +93,32 @@ class Repairs:
             reader.heard.put_nowait(PeerFailed(f"a stage was lost, and replacing it failed: {error!r}"))
         finally:
             reader.mending = None
+            self._spares.changed(reader)
 
     async def _replace(self, reader: Reader, unfit: set[PeerId]) -> None:
         """Replace the first stages that are lost, those that follow one another together. Raises what the search does;
         who fails on the way becomes unfit, or is lost too."""
         session = reader.session
-        start, end, hops = await self._find_hops(reader, unfit)
+        start, end = _first_run([hop.peer in reader.lost for hop in session.route])
+        spare = self._spares.take(reader, start, end)
+        if spare is not None:
+            hops: Route = (spare.hop,)
+        else:
+            start, end, hops = await self._find_hops(reader, start, end, unfit | self._spares.unready(reader))
+            self._spares.changed(reader, [hop.peer for hop in hops])
+        warm = spare.link if spare is not None else None
+        through = reader.through
         old = session.route[start:end]
         staying = {hop.peer for hop in (*session.route[:start], *session.route[end:])}
         blocks = BlockRange(old[0].blocks.start, old[-1].blocks.end)
         reader.early.clear()
         try:
-            await session.replace(start, end, hops, passes_from=reader.through, deadline_s=ATTEMPT_S)
+            deadline_s = ATTEMPT_S if warm is None else WARM_S
+            await session.replace(start, end, hops, passes_from=through, deadline_s=deadline_s, warm=warm)
         except BaseException as error:
             self._release(hops)
+            if spare is not None:
+                self._spares.give_back(reader, spare)
             if not isinstance(error, BsnsError):
                 raise
             log.info("a spare could not take a lost stage's place", blocks=str(blocks), reason=error.message)
@@ -131,15 +141,16 @@ class Repairs:
                 reader.lost[hop.peer] = reader.early[hop.peer]
         reader.early.clear()
         self.made += 1
-        log.info("a lost stage was replaced", blocks=str(blocks), by=[hop.peer for hop in hops], again=reader.through)
+        self.made_warm += spare is not None
+        by = [hop.peer for hop in hops]
+        log.info("a lost stage was replaced", blocks=str(blocks), by=by, again=through, warm=spare is not None)
         if start == 0:
-            await self._feed(reader, again=True)
+            await self._feed(reader, again_from=min(through, spare.sent) if spare is not None else 0)
 
-    async def _find_hops(self, reader: Reader, unfit: set[PeerId]) -> tuple[int, int, Route]:
+    async def _find_hops(self, reader: Reader, start: int, end: int, unfit: set[PeerId]) -> tuple[int, int, Route]:
         """Who takes the place of which stages. No node is on a route twice: where only a neighbour has the lost blocks,
         its own are computed again as well. Raises what the search does."""
         route = reader.session.route
-        start, end = _first_run([hop.peer in reader.lost for hop in route])
         missing: BsnsError = MissingBlocks("")
         # asking takes seconds where one of those that would answer is frozen
         for fresh in (False, True):

@@ -7,6 +7,7 @@ import contextlib
 import secrets
 from collections.abc import Callable, Sequence
 
+import msgspec
 import structlog
 
 from bsns.client.links import Link, Links
@@ -28,7 +29,6 @@ class Session:
         self._links = links
         self._model = model
         self._dtype = dtype
-        self._asked: list[Link] = []
         self._taking: Route = ()
         """A route that is being turned to: its last stage may answer before the others say that they are ready."""
         self._open: list[Link] = []
@@ -49,17 +49,30 @@ class Session:
 
     async def open(self, deadline_s: float = 10.0) -> None:
         """Open the session on every stage. Raises the first stage's error; nothing stays open then."""
-        try:
-            self._open = await self._open_all(self.route, range(len(self.route)), deadline_s, lambda _: 0)
-        except BaseException:
-            self._take_back(self._asked)
-            raise
+        self._open = await self._open_all(self.route, range(len(self.route)), deadline_s, lambda _: 0)
+
+    async def open_spare(self, start: int, end: int, hop: Hop, deadline_s: float) -> Link:
+        """Open the session on a spare for the stages [start, end), which computes along and passes nothing on. Raises
+        as `open` does."""
+        route = (*self.route[:start], hop, *self.route[end:])
+        (link,) = await self._open_all(route, range(start, start + 1), deadline_s, lambda _: self.max_tokens)
+        return link
 
     async def _open_all(
         self, route: Route, stages: range, deadline_s: float, passes_from: Callable[[int], int]
     ) -> list[Link]:
+        asked: list[Link] = []
+        try:
+            return await self._ask_all(route, stages, deadline_s, passes_from, asked)
+        except BaseException:
+            self.take_back(asked)
+            raise
+
+    async def _ask_all(
+        self, route: Route, stages: range, deadline_s: float, passes_from: Callable[[int], int], asked: list[Link]
+    ) -> list[Link]:
         results = await asyncio.gather(
-            *(self._open_stage(route, index, deadline_s, passes_from(index)) for index in stages),
+            *(self._open_stage(route, index, deadline_s, passes_from(index), asked) for index in stages),
             return_exceptions=True,
         )
         links = [result for result in results if isinstance(result, Link)]
@@ -70,76 +83,100 @@ class Session:
             raise errors[0]
         return links
 
-    async def replace(self, start: int, end: int, hops: Route, *, passes_from: int, deadline_s: float) -> None:
+    async def replace(
+        self, start: int, end: int, hops: Route, *, passes_from: int, deadline_s: float, warm: Link | None = None
+    ) -> None:
         """Put `hops`, which compute the same blocks, in the place of the stages [start, end) of the route.
 
-        They get everything that the stage before them has sent, and pass on what comes at `passes_from` or after. Of
+        They get everything that the stage before them has sent, and pass on what comes at `passes_from` or after.
+        `warm`: the link to the only one of them, if it is a spare that has computed along; it gets what it lacks. Of
         the first stages' place nothing is sent here: the caller replays. Raises what the new stages or their neighbours
         answer, blaming them; the route is as it was then.
         """
         route = (*self.route[:start], *hops, *self.route[end:])
         old = self._open[start:end]
         taking = {hop.peer for hop in hops}
-        self._take_back([link for link in old if link.peer in taking])  # it begins again
-        self._asked = []
+        self.take_back([link for link in old if link.peer in taking])  # it begins again
         last = start + len(hops) - 1
+        opened: list[Link] = []
         self._taking = route
         try:
-            opened = await self._open_all(
-                route, range(start, last + 1), deadline_s, lambda index: passes_from if index == last else 0
-            )
+            if warm is not None:
+                opened = [warm]
+            else:
+                opened = await self._open_all(
+                    route, range(start, last + 1), deadline_s, lambda index: passes_from if index == last else 0
+                )
             links = [*self._open[:start], *opened, *self._open[end:]]
             # whoever comes after has to know first whom to listen to
-            for index in (last + 1, start - 1):
-                if 0 <= index < len(route):
-                    await self._reroute(links[index], route, index, index < start, deadline_s)
+            if last + 1 < len(route):
+                await self._reroute(links[last + 1], self._neighbours_of(route, last + 1), deadline_s)
+            if warm is not None:
+                message = msgspec.structs.replace(self._neighbours_of(route, start), passes_from=passes_from)
+                await self._reroute(warm, message, deadline_s)
+            if start:
+                position = passes_from if warm is not None else 0
+                message = self._neighbours_of(route, start - 1)
+                message = msgspec.structs.replace(message, again=True, position=position)
+                await self._reroute(links[start - 1], message, deadline_s)
         except BaseException:
-            self._take_back(self._asked)
+            self.take_back(opened)
             raise
         finally:
             self._taking = ()
         self.route, self._open = route, links
-        self._take_back([link for link in old if link.peer not in taking])
+        self.take_back([link for link in old if link.peer not in taking])
 
-    async def _reroute(self, link: Link, route: Route, index: int, again: bool, deadline_s: float) -> None:
-        before, after = _neighbours(route, index)
-        message = Reroute(
+    async def lead_spare(self, link: Link, start: int, end: int, deadline_s: float) -> None:
+        """Tell a spare for the stages [start, end) who their neighbours are by now. Raises what it answers."""
+        hop = Hop(link.peer, self.route[start].blocks, ())
+        message = self._neighbours_of((*self.route[:start], hop, *self.route[end:]), start)
+        await self._reroute(link, msgspec.structs.replace(message, passes_from=self.max_tokens), deadline_s)
+
+    def _neighbours_of(self, route: Route, index: int) -> Reroute:
+        before, after = neighbours(route, index)
+        return Reroute(
             self.id,
             before.peer if before else None,
             after.peer if after else None,
             after.addresses if after else (),
-            again,
         )
+
+    async def _reroute(self, link: Link, message: Reroute, deadline_s: float) -> None:
         try:
             await link.reroute(message, deadline_s)
         except BsnsError as error:
             raise error.about(link.peer) from None
 
-    def _take_back(self, links: Sequence[Link]) -> None:
+    def take_back(self, links: Sequence[Link]) -> None:
         """Close on stages that were asked: one that has not answered may have opened the session all the same."""
         for link in links:
             with contextlib.suppress(BsnsError):
                 link.post(Close(self.id))
 
-    async def _open_stage(self, route: Route, index: int, deadline_s: float, passes_from: int) -> Link:
+    async def _open_stage(
+        self, route: Route, index: int, deadline_s: float, passes_from: int, asked: list[Link]
+    ) -> Link:
         hop = route[index]
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._ask_stage(route, index, deadline_s, passes_from)
+                return await self._ask_stage(route, index, deadline_s, passes_from, asked)
         except TimeoutError:
             raise PeerTimedOut(f"node {hop.peer} was not reached within {deadline_s:g} s").about(hop.peer) from None
         except BsnsError as error:
             named = error if hop.peer in error.message else type(error)(f"node {hop.peer}: {error.message}")
             # a stage knows of its neighbours only; whom else it names, it made up
-            known = {neighbour.peer for neighbour in _neighbours(route, index) if neighbour is not None}
+            known = {neighbour.peer for neighbour in neighbours(route, index) if neighbour is not None}
             named.peer = error.peer if error.peer in known else hop.peer
             raise named from None
 
-    async def _ask_stage(self, route: Route, index: int, deadline_s: float, passes_from: int) -> Link:
+    async def _ask_stage(
+        self, route: Route, index: int, deadline_s: float, passes_from: int, asked: list[Link]
+    ) -> Link:
         hop = route[index]
-        before, after = _neighbours(route, index)
+        before, after = neighbours(route, index)
         link = await self._links.to(hop.peer, hop.addresses)
-        self._asked.append(link)
+        asked.append(link)
         request = Open(
             session=self.id,
             model=self._model,
@@ -169,6 +206,7 @@ class Session:
                 raise outcome
 
 
-def _neighbours(route: Route, index: int) -> tuple[Hop | None, Hop | None]:
-    """Who comes before a stage, and who after it; the client is nobody."""
-    return route[index - 1] if index else None, route[index + 1] if index + 1 < len(route) else None
+def neighbours(route: Route, start: int, end: int | None = None) -> tuple[Hop | None, Hop | None]:
+    """Who comes before a stage, or the stages [start, end), and who after; the client is nobody."""
+    end = start + 1 if end is None else end
+    return route[start - 1] if start else None, route[end] if end < len(route) else None

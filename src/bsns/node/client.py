@@ -50,11 +50,15 @@ class Client:
         deadline_s: float = 20.0,
         objective: Aim = "latency",
         weights: Weights | str | None = None,
+        warm_spares: bool = False,
     ) -> None:
         """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
 
         Routes are the fastest for one token, or with `objective="throughput"` those whose slowest stage is fastest, or
-        what `weights` pick (planning.selection): "cheap", "latency=1,price=0.5". Raises BadOption.
+        what `weights` pick (planning.selection): "cheap", "latency=1,price=0.5".
+
+        With `warm_spares` other nodes, where there are such, compute every stage along, so that a lost one is replaced
+        at once: that takes as much computing and cache again. Raises BadOption.
         """
         self._invite = invite
         self._model = model
@@ -63,6 +67,7 @@ class Client:
         self._threads = threads
         self._deadline_s = deadline_s
         self._wish = Wish(objective, Weights.parse(weights) if isinstance(weights, str) else weights)
+        self._warm_spares = warm_spares
         self._peer: Peer | None = None
         self._owns_peer = True
         self._source: ModelSource | None = None
@@ -70,9 +75,11 @@ class Client:
         self._generator: Generator | None = None
 
     @classmethod
-    def on(cls, peer: Peer, source: ModelSource, *, dtype: str = "auto", threads: int = 1) -> Client:
+    def on(
+        cls, peer: Peer, source: ModelSource, *, dtype: str = "auto", threads: int = 1, warm_spares: bool = False
+    ) -> Client:
         """A client in a process that is a member of the swarm already; closing it leaves the peer running."""
-        client = cls(peer.invite, source.name, dtype=dtype, threads=threads)
+        client = cls(peer.invite, source.name, dtype=dtype, threads=threads, warm_spares=warm_spares)
         client._peer, client._owns_peer, client._source = peer, False, source
         return client
 
@@ -190,6 +197,7 @@ class Client:
             deadline_s=self._deadline_s,
             release=view.release,
             blame=view.blame,
+            warm_spares=self._warm_spares,
         )
 
     async def _choose_dtype(self, view: View) -> str:
