@@ -35,6 +35,7 @@ def chat(
     threads: ThreadsOption = 1,
     objective: routing.Objective = "latency",
     weights: routing.Weights = None,
+    warm_spares: routing.WarmSpares = False,
     temperature: sampling.Temperature = 0.7,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 0.95,
@@ -61,7 +62,15 @@ def chat(
             options = SamplingOptions(
                 temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
             )
-            client = Client(join, model, dtype=dtype, threads=threads, objective=objective, weights=weights)
+            client = Client(
+                join,
+                model,
+                dtype=dtype,
+                threads=threads,
+                objective=objective,
+                weights=weights,
+                warm_spares=warm_spares,
+            )
             say("joining the swarm")
             await client.__aenter__()
         try:

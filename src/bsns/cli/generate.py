@@ -35,6 +35,7 @@ def generate(
     threads: ThreadsOption = 1,
     objective: routing.Objective = "latency",
     weights: routing.Weights = None,
+    warm_spares: routing.WarmSpares = False,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -67,7 +68,15 @@ def generate(
             options = SamplingOptions(
                 temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
             )
-            client = Client(join, model, dtype=dtype, threads=threads, objective=objective, weights=weights)
+            client = Client(
+                join,
+                model,
+                dtype=dtype,
+                threads=threads,
+                objective=objective,
+                weights=weights,
+                warm_spares=warm_spares,
+            )
             say("joining the swarm")
             await client.__aenter__()
         try:

@@ -1,4 +1,4 @@
-"""What a user may ask of the route, as `generate` and `chat` share it."""
+"""What a user may ask of the route, as `generate`, `chat` and `up` share it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ WEIGHTS_HELP = (
 Objective = Annotated[
     Literal["latency", "throughput"],
     typer.Option("--objective", help="What routes are chosen for: one token's time, or that of the slowest stage."),
+]
+WarmSpares = Annotated[
+    bool,
+    typer.Option(
+        "--warm-spares",
+        help="Let other nodes compute every step along, so that a lost node is replaced at once. Costs as much again.",
+    ),
 ]
 Weights = Annotated[
     str | None,

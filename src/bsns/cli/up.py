@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from bsns.cli import routing_options as routing
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import DtypeOption, JsonFlag, ModelArgument, doing, emit, err, out, run, see_through
 from bsns.core.errors import BadOption
@@ -41,6 +42,7 @@ def up(
     dtype: DtypeOption = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Compute threads per node.")] = 1,
+    warm_spares: routing.WarmSpares = False,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -100,7 +102,8 @@ def up(
                 await swarm.__aenter__()
                 stack.push_async_callback(_take_down, swarm, quiet=as_json)
                 say("opening the model's ends")
-                client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=dtype))
+                client = Client.on(swarm.peer, source, dtype=dtype, warm_spares=warm_spares)
+                await stack.enter_async_context(client)
                 say("measuring")
                 forecast = await _forecast(client, source)
             if not as_json:
