@@ -12,6 +12,8 @@ LONGEST_S = 300.0
 """A peer is passed over for so long after its first failure, twice as long after each further one, up to this."""
 FORGIVEN_S = 600.0
 """A peer that has not failed for so long has a clean record."""
+MOST_HELD = 1000
+"""Beyond this the oldest are forgotten: whoever makes up peers shall not fill our memory."""
 
 
 @dataclass(slots=True)
@@ -34,7 +36,10 @@ class Grudges:
         if known is not None and now_s < known.until_s:
             return
         times = known.times if known is not None and now_s - known.until_s < FORGIVEN_S else 0
+        self._held.pop(peer, None)  # the newest stands last
         self._held[peer] = _Grudge(now_s + min(LONGEST_S, FIRST_S * 2**times), min(times + 1, 10))
+        while len(self._held) > MOST_HELD:
+            del self._held[next(iter(self._held))]
 
     def passed_over(self, now_s: float) -> set[PeerId]:
         """Whom not to choose now."""

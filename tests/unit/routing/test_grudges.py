@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bsns.core.errors import CacheFull, NotHere, PeerLost
 from bsns.core.ids import PeerId
-from bsns.routing.grudges import FIRST_S, FORGIVEN_S, LONGEST_S, Grudges
+from bsns.routing.grudges import FIRST_S, FORGIVEN_S, LONGEST_S, MOST_HELD, Grudges
 
 A, B = PeerId("a"), PeerId("b")
 LOST = PeerLost("gone")
@@ -39,3 +39,16 @@ def test_a_full_node_has_not_failed() -> None:
     grudges.blame(A, CacheFull("full"), 0.0)
     grudges.blame(B, NotHere("moved"), 0.0)
     assert grudges.passed_over(0.1) == set()
+
+
+def test_the_oldest_are_forgotten_where_there_are_too_many() -> None:
+    grudges = Grudges()
+    peers = [PeerId(f"p{number}") for number in range(MOST_HELD)]
+    for peer in peers:
+        grudges.blame(peer, LOST, 0.0)
+    grudges.blame(peers[0], LOST, FIRST_S)  # is the newest by that
+    for peer in (A, B):
+        grudges.blame(peer, LOST, FIRST_S)
+    held = grudges.passed_over(FIRST_S)
+    assert held == {A, B, peers[0]}
+    assert grudges.passed_over(FIRST_S - 1) == {A, B, peers[0], *peers[3:]}
