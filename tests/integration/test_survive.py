@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,14 @@ from bsns.bench.emulation import NAMESPACES, Network, hindrance
 from bsns.bench.faults import CLIENT, CUT, SIGNALS, homes
 from bsns.bench.offices import BOOTSTRAP, ORCHESTRATOR, bench_offices
 from bsns.bench.survive import DTYPE, PLACES, Bench, ranges_of
+from bsns.client.generate import Stats
+from bsns.client.sampling import SamplingOptions
+from bsns.core.errors import PeerTimedOut
+from bsns.core.ids import PeerId
 from bsns.model.source import resolve
 from bsns.node.client import Client
 from bsns.node.local import Home, LocalSwarm
+from bsns.planning.joining import equal_split
 from bsns.worker.faults import VARIABLE
 
 __all__ = ["tiny"]
@@ -70,3 +78,66 @@ async def test_offices_are_not_missed(tiny: str) -> None:
         assert figures["joined"]["kill"][place], told
         assert figures["repairs"]["kill"][place] == figures["recomputed"]["kill"][place] == 0, told
     assert figures["successor_s"]["kill"] is not None, told
+
+
+async def test_a_killed_stage_with_a_warm_spare(tiny: str) -> None:
+    """Two stages and a spare for each: the answer goes on at once, and nobody has computed anything again."""
+    source, place = resolve(str(Path(tiny))), 1
+    ranges = [*equal_split(BLOCKS, 2), *equal_split(BLOCKS, 2)]
+    async with (
+        LocalSwarm(tiny, ranges, dtype=DTYPE) as swarm,
+        Client.on(swarm.peer, source, dtype=DTYPE, warm_spares=True) as client,
+    ):
+        generator, prompt = client.generator, [token % 50 + 3 for token in range(240)]
+        options = SamplingOptions(max_tokens=120)
+        undisturbed = [piece.token async for piece in generator.stream(prompt, options)]
+        stats, tokens, gap_s = Stats(), [], 0.0
+        stream = generator.stream(prompt, options, stats)
+        tokens.extend([(await anext(stream)).token for _ in range(16)])
+        (reader,) = generator._readers.values()
+
+        async def ready() -> bool:
+            spares = list(generator._spares._held[reader.session.id].spares.values())
+            if len(spares) < 2 or any(spare.link is None for spare in spares):
+                return False
+            at = [await spare.link.where(reader.session.id, 2.0) for spare in spares if spare.link is not None]
+            return all(there.done >= reader.through for there in at)
+
+        async with asyncio.timeout(10):
+            while not await ready():  # noqa: ASYNC110  other processes tell nobody
+                await asyncio.sleep(0.01)
+        victim = await _process_of(stats.route[place].peer, place, swarm, client)
+        victim.kill()
+        before_s = time.monotonic()
+        async for piece in stream:
+            tokens.append(piece.token)
+            gap_s, before_s = max(gap_s, time.monotonic() - before_s), time.monotonic()
+        assert tokens == undisturbed
+        assert (generator.repairs, generator.warm_repairs) == (1, 1)
+        print(f"gap {gap_s:.3f} s")
+        assert gap_s < 1.0, "0.3 s where nothing else runs"
+        assert await _is_freed(client)
+
+
+async def _process_of(peer: PeerId, place: int, swarm: LocalSwarm, client: Client) -> asyncio.subprocess.Process:
+    """Which of the two that hold a range: the one that does not answer while it is stopped."""
+    process, other = swarm.processes[place], swarm.processes[place + 2]
+    link = await client.generator.links.to(peer)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        await link.ping(0.2)
+    except PeerTimedOut:
+        return process
+    finally:
+        process.send_signal(signal.SIGCONT)
+    return other
+
+
+async def _is_freed(client: Client) -> bool:
+    """Whether no node holds a session, 2 s after an answer at the latest."""
+    give_up_s = time.monotonic() + 2.0
+    while time.monotonic() < give_up_s:
+        nodes = [node.now for node in await client.status() if node.now is not None]
+        if not any(node.sessions for node in nodes):
+            return True
+    return False

@@ -203,7 +203,8 @@ class Spares:
         """A single node for a stage, one that has no other part in the session."""
         session = reader.session
         blocks = session.route[index].blocks
-        others = {hop.peer for hop in session.route} | held.spares.keys() | held.unfit | reader.lost.keys()
+        others = {hop.peer for hop in session.route} | held.spares.keys() | held.unfit
+        others |= reader.former | reader.lost.keys()
         try:
             hops = await self._find_route(session.max_tokens, others, blocks, False)
         except (SwarmError, CacheFull):
