@@ -130,10 +130,9 @@ class Client:
         """Logits (rows, vocabulary) for every position of a text, chunk by chunk."""
         return self.generator.logits(tokens)
 
-    def forgive(self) -> None:
-        """Choose again among all nodes, whether they failed lately or not."""
-        if self._view is not None:
-            self._view.forgive()
+    def forgive(self, peers: Collection[PeerId]) -> None:
+        """Choose these again, whether they failed lately or not."""
+        self.view.forgive(peers)
 
     async def status(self) -> list[NodeStatus]:
         """Every node that serves the model, as announced and as it answers now."""

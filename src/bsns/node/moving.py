@@ -20,7 +20,7 @@ from bsns.core.ids import PeerId
 from bsns.node.capacity import Room
 from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
-from bsns.swarm.plans import ranges_of
+from bsns.swarm.plans import range_of, ranges_of
 from bsns.swarm.records import MAX_OTHERS
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.worker.executor import Executor
@@ -89,7 +89,7 @@ class Mover:
         if plan is None or not plan.version:
             return
         sessions = self._worker.sessions
-        target = ranges_of(plan).get(self._me)
+        target = range_of(plan, self._me)
         if target is not None and target not in sessions.ranges:
             await self._take_up(target)
             return

@@ -41,20 +41,22 @@ LEAST_WAIT_S = 0.02
 Obey = Callable[[PlanRecord | None, Sequence[NodeRecord], float], None]
 
 
-def best_plan(snapshot: Snapshot, shape: ModelShape, objective: Objective, cache_tokens: int) -> Plan:
-    """The planner's best within PLAN_S. The same snapshot gives the same plan where time does not run out."""
+def best_plan(
+    snapshot: Snapshot, shape: ModelShape, objective: Objective, cache_tokens: int, *, plan_s: float = PLAN_S
+) -> Plan:
+    """The planner's best within `plan_s`. The same snapshot gives the same plan where time does not run out."""
     import numpy as np  # planning loads scipy and ortools: only a node that plans pays for them
 
     from bsns.planning.planner import make_plan
 
-    until_s = time.monotonic() + PLAN_S
+    until_s = time.monotonic() + plan_s
     return make_plan(
         snapshot,
         shape,
         objective=objective,
         cache_tokens=cache_tokens,
         rng=np.random.default_rng(0),
-        remaining_s=lambda: until_s - time.monotonic(),
+        remaining_s=lambda: max(0.0, until_s - time.monotonic()) if plan_s else 0.0,
     )
 
 
@@ -99,6 +101,7 @@ class Orchestrator:
         self._planner = governing.get("planner", best_plan)
         self._now_s = clock.now_s
         self._clock = clock.unix_s
+        self._lots_term = 0
         self._lots: dict[tuple[PeerId, int, bytes], bytes | None] = {}
         swarm, identity = membership.swarm, membership.identity
 
@@ -108,7 +111,9 @@ class Orchestrator:
         def checked(peer: PeerId, term: int, drawn: bytes) -> bytes | None:
             known = (peer, term, drawn)
             if known not in self._lots:
-                self._lots = {key: lot for key, lot in self._lots.items() if key[1] >= term}
+                if term > self._lots_term:
+                    self._lots_term = term
+                    self._lots = {key: lot for key, lot in self._lots.items() if key[1] >= term}
                 self._lots[known] = lot_of(peer, swarm, shape.model, term, drawn)
             return self._lots[known]
 
@@ -155,12 +160,12 @@ class Orchestrator:
         Raises PeerError or NotAMember where the directory does not answer.
         """
         read_s = self._now_s()
-        records = [record for record in await self._directory.records() if self._ours(record)]
+        shape = self._shape
+        records = (await self._directory.records()).of(shape.model, shape.dtype, shape.block_count)
         plans = [plan for plan in await self._directory.plans() if self._ours(plan)]
         now_s = self._clock()
-        draws = {record.peer: record.draw if record.state == "serving" else b"" for record in records}
         try:
-            for action in self.election.handle(Seen([lease_of(plan) for plan in plans], draws), now_s):
+            for action in self.election.handle(Seen([lease_of(plan) for plan in plans], records.draws), now_s):
                 match action:
                     case Claim(lease):
                         await self._store(self._record(lease))
@@ -174,9 +179,9 @@ class Orchestrator:
         finally:  # whoever cannot govern now obeys all the same
             self._obey(self.plan, records, read_s)
 
-    def _ours(self, record: NodeRecord | PlanRecord) -> bool:
+    def _ours(self, plan: PlanRecord) -> bool:
         shape = self._shape
-        return (record.model, record.dtype, record.block_count) == (shape.model, shape.dtype, shape.block_count)
+        return (plan.model, plan.dtype, plan.block_count) == (shape.model, shape.dtype, shape.block_count)
 
     def _take_up(self, plans: Sequence[PlanRecord]) -> None:
         """Accept the leaseholder's plan, and nobody else's."""

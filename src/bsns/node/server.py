@@ -56,6 +56,8 @@ HAND_OVER_S = 10.0
 """How long a node that leaves serves the sessions it has still."""
 LOOK_S = 2.0
 """How often a node looks whether its record is so out of date that others would choose wrongly."""
+SPEED_CHANGE = 1.25
+"""A node tells soon that it has become so many times slower or faster."""
 
 Told = Callable[[str], None]
 """Is told in a few words what the node is doing."""
@@ -225,6 +227,7 @@ class Server:
             left = self.worker.sessions.cache_tokens_left
             changed = self._changed.is_set() or self.prober.has_news()
             changed |= abs(left - self.record.cache_tokens_left) > self.record.cache_tokens / 8
+            changed |= _differs(self.worker.block_time_s, self.record.block_time_s)
             if self.peer.clock.now_s() - published_s < ANNOUNCE_S and not changed:
                 continue
             self._changed.clear()
@@ -239,6 +242,11 @@ class Server:
                 continue
             self._changed.set()
             await asyncio.sleep(LOOK_S)
+
+
+def _differs(now_s: float, said_s: float) -> bool:
+    """Whether a node has become so much slower or faster than it says that others would plan badly."""
+    return not said_s / SPEED_CHANGE <= now_s <= said_s * SPEED_CHANGE
 
 
 def _renewed(record: NodeRecord, worker: Worker, now_s: float) -> NodeRecord:

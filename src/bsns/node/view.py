@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Mapping
+import secrets
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from bsns.client.links import Links
@@ -18,6 +20,7 @@ from bsns.protocol.records import NodeRecord
 from bsns.routing.chain import Knowledge, Route, Wish, best_chain, best_detour
 from bsns.routing.grudges import Grudges
 from bsns.routing.load import Loads
+from bsns.routing.shortlist import shortlist
 from bsns.swarm.directory import Directory
 from bsns.swarm.snapshot import snapshot
 from bsns.transport.clock import MACHINE_CLOCK, Clock
@@ -53,40 +56,51 @@ class View:
         *,
         wish: Wish | None = None,
         clock: Clock = MACHINE_CLOCK,
+        key: int | None = None,
     ) -> None:
+        """`key`: by which this client's whims in a large swarm are drawn."""
         self._directory = directory
         self._clock = clock
         self._wish = wish
         self._wanted = (model, dtype, block_count)
         self._records: list[NodeRecord] = []
+        self._missed: list[NodeRecord] = []
+        """Nodes that the last reading did not show, and whose records have not expired."""
         self._read_s = -math.inf
         self._round_trip_s: dict[PeerId, tuple[float | None, float]] = {}
         self._loads = Loads()
         self._grudges = Grudges()
+        self._key = secrets.randbits(32) if key is None else key
 
     async def records(self) -> list[NodeRecord]:
         """The model's nodes, at most `RECORDS_FRESH_S` old."""
         if self._clock.now_s() - self._read_s >= RECORDS_FRESH_S:
             records = await self._directory.records()
             model, dtype, count = self._wanted
+            before = (*self._records, *self._missed)
             self._records = [
                 r
                 for r in records
                 if model in (None, r.model) and dtype in (None, r.dtype) and count in (None, r.block_count)
             ]
+            here, now_s = {r.peer for r in self._records}, self._clock.unix_s()
+            self._missed = [r for r in before if r.peer not in here and r.expires_s > now_s]
             self._loads.see(self._records)
             self._read_s = self._clock.now_s()
         return self._records
 
     def snapshot(self) -> Snapshot:
         """The records last read, with our own round trips."""
+        return self._snapshot(self._records)
+
+    def _snapshot(self, records: Sequence[NodeRecord]) -> Snapshot:
         now_s = self._clock.now_s()
         client = {
             peer: Way(rtt_s, age_s=now_s - measured_s)
             for peer, (rtt_s, measured_s) in self._round_trip_s.items()
             if rtt_s is not None
         }
-        return snapshot(self._records, self._clock.unix_s(), client)
+        return snapshot(records, self._clock.unix_s(), client)
 
     async def route(
         self,
@@ -112,38 +126,70 @@ class View:
         records = await self.records()
         if not records:
             raise MissingBlocks("no node of the swarm serves this model; start one with bsns serve MODEL --join INVITE")
-        await self._measure(links, [record for record in records if record.peer not in avoid])
+        near = self._near(BlockRange(0, records[0].block_count), needed_tokens, avoid)
+        await self._measure(links, [record for record in near if record.peer not in avoid])
         return self._best(None, needed_tokens, avoid)
 
-    def _best(self, blocks: BlockRange | None, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
-        """Without those that failed us lately, if there are others."""
-        silent = {peer for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is None}
-        known = Knowledge(self.snapshot(), self.sessions(), silent)
+    def _near(self, blocks: BlockRange, needed_tokens: int, avoid: Collection[PeerId]) -> list[NodeRecord]:
+        """Those of the nodes that are worth asking (routing.shortlist)."""
+        return shortlist(
+            self._records,
+            blocks,
+            needed_tokens=needed_tokens,
+            avoid={*avoid, *self._grudges.passed_over(self._clock.now_s())},
+            sessions=self.sessions(),
+            round_trips_s={peer: rtt_s for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is not None},
+            whim=self._whim,
+        )
 
-        def choose(avoid: Collection[PeerId]) -> Route:
-            records, wish = self._records, self._wish
+    def _whim(self, peer: PeerId) -> float:
+        """A number in [0, 1) that is this client's own for a peer."""
+        return zlib.crc32(peer.encode(), self._key) / 2**32
+
+    def _best(self, blocks: BlockRange | None, needed_tokens: int, avoid: Collection[PeerId]) -> Route:
+        """Without those that failed us lately, if there are others.
+
+        Where nobody else is left, nodes that the directory showed before will do: a reading may miss the records that
+        lay on a node which has just failed.
+        """
+        silent = {peer for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is None}
+
+        def choose(records: list[NodeRecord], avoid: Collection[PeerId]) -> Route:
+            wish = self._wish
+            known = Knowledge(self._snapshot(records), self.sessions(), silent)
             if blocks is not None:
                 return best_detour(records, blocks, known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
-            count = records[0].block_count
             return best_chain(records, count, known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
 
+        count = next((record.block_count for record in (*self._records, *self._missed)), 0)
+        near = self._near(blocks or BlockRange(0, max(count, 1)), needed_tokens, avoid)
         passed_over = self._grudges.passed_over(self._clock.now_s()) - set(avoid)
-        try:
-            route = choose({*avoid, *passed_over})
-        except (MissingBlocks, CacheFull):
-            if not passed_over:
-                raise
-            route = choose(avoid)
-        self._loads.add([hop.peer for hop in route])
-        return route
+        among = [(near, {*avoid, *passed_over})]
+        if len(near) < len(self._records):
+            among.append((self._records, {*avoid, *passed_over}))
+        if self._missed:
+            among.append(([*self._records, *self._missed], {*avoid, *passed_over}))
+        if passed_over:
+            among.append(([*self._records, *self._missed], set(avoid)))
+        refusal: BsnsError | None = None
+        for records, without in among:
+            try:
+                route = choose(records, without)
+            except (MissingBlocks, CacheFull) as error:
+                refusal = refusal or error
+            else:
+                self._loads.add([hop.peer for hop in route])
+                return route
+        assert refusal is not None
+        raise refusal
 
     def blame(self, peer: PeerId, error: BsnsError) -> None:
         """A peer failed one of our sessions: others are chosen for a while."""
         self._grudges.blame(peer, error, self._clock.now_s())
 
-    def forgive(self) -> None:
-        """Pass nobody over any more."""
-        self._grudges = Grudges()
+    def forgive(self, peers: Collection[PeerId]) -> None:
+        """Pass these over no more."""
+        self._grudges.forgive(peers)
 
     def release(self, route: Route) -> None:
         """A session on a route that `route` gave has ended."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from bsns.core.errors import BsnsError, CacheFull, NotHere, Remedy
@@ -40,6 +41,11 @@ class Grudges:
         self._held[peer] = _Grudge(now_s + min(LONGEST_S, FIRST_S * 2**times), min(times + 1, 10))
         while len(self._held) > MOST_HELD:
             del self._held[next(iter(self._held))]
+
+    def forgive(self, peers: Collection[PeerId]) -> None:
+        """Hold nothing against these any more."""
+        for peer in peers:
+            self._held.pop(peer, None)
 
     def passed_over(self, now_s: float) -> set[PeerId]:
         """Whom not to choose now."""

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
 
-from bsns.core.ids import PeerId
+from bsns.core.ids import ModelId, PeerId
 from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
+
+
+class Reading(list[NodeRecord]):
+    """Records that were read together, with what is asked of them often worked out once: they do not change."""
+
+    def __init__(self, records: Iterable[NodeRecord] = ()) -> None:
+        super().__init__(records)
+        self._of: dict[tuple[ModelId, str, int], Reading] = {}
+
+    def of(self, model: ModelId, dtype: str, block_count: int) -> Reading:
+        """Those of one model's nodes."""
+        key = (model, dtype, block_count)
+        if key not in self._of:
+            self._of[key] = Reading(r for r in self if (r.model, r.dtype, r.block_count) == key)
+        return self._of[key]
+
+    @cached_property
+    def draws(self) -> Mapping[PeerId, bytes]:
+        """The draw of every node that serves, b"" of those that do not stand for election."""
+        return {record.peer: record.draw if record.state == "serving" else b"" for record in self}
 
 
 class Directory(Protocol):
@@ -24,7 +45,7 @@ class Directory(Protocol):
         """Say goodbye: others see the node gone at their next reading, without waiting for its record to expire."""
         ...
 
-    async def records(self) -> list[NodeRecord]:
+    async def records(self) -> Reading:
         """The nodes that are here: records verified, unexpired and not leaving, in order of peer id.
 
         Raises NotAMember when the swarm refuses us.
@@ -66,10 +87,10 @@ class MemoryDirectory:
     async def withdraw(self, record: NodeRecord) -> None:
         self.shelf[record.peer] = msgspec.structs.replace(record, state="leaving")
 
-    async def records(self) -> list[NodeRecord]:
+    async def records(self) -> Reading:
         now_s = self._clock()
         here = [record for record in self.shelf.values() if record.expires_s > now_s and record.state != "leaving"]
-        return sorted(here, key=lambda record: record.peer)
+        return Reading(sorted(here, key=lambda record: record.peer))
 
     async def publish_plan(self, plan: PlanRecord) -> None:
         self.plan_shelf[plan.author] = plan

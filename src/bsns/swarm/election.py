@@ -144,13 +144,14 @@ class Election:
 
     def _look(self, seen: Seen, now_s: float) -> list[Action]:
         actions: list[Action] = []
-        here = {*seen.draws, self._me}
         # whoever has left has given up its lease; what we remember beyond a reading that missed it is good as well
         known = [*seen.leases] + ([self._best] if self._best is not None else [])
         others = [
             lease
             for lease in known
-            if now_s < lease.expires_s <= now_s + 2 * self.lease_s and lease.holder in here and lease.holder != self._me
+            if now_s < lease.expires_s <= now_s + 2 * self.lease_s
+            and lease.holder in seen.draws
+            and lease.holder != self._me
         ]
         before = _best([lease for lease in (self._best, self._mine, self._last) if lease is not None])
         self._last = before
@@ -158,7 +159,8 @@ class Election:
         # lapsed leases tell the term as well; those that nobody can hold do not: a member without a node, or with a
         # lease of any length, could keep the term at the clock's for ever
         soon_s = now_s + 2 * self.lease_s
-        terms = [lease.term for lease in seen.leases if lease.holder in here and lease.expires_s <= soon_s]
+        here = (lease for lease in seen.leases if lease.holder in seen.draws or lease.holder == self._me)
+        terms = [lease.term for lease in here if lease.expires_s <= soon_s]
         self.term = max([self.term, *terms])
         actions += self._give_way(now_s)
         holder = self.holder(now_s)

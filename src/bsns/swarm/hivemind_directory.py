@@ -25,6 +25,7 @@ from bsns.core.ids import PeerId
 from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.dht_guard import MemberAuthorizer, MemberProtocol, RecordGuard, Shelf, Verdicts, node_shelf, plan_shelf
+from bsns.swarm.directory import Reading
 from bsns.swarm.membership import Membership
 from bsns.swarm.plans import open_plan, sign_plan
 from bsns.swarm.records import open_record, sign_record
@@ -174,7 +175,7 @@ class HivemindDirectory:
             self._raise_refusal()
             raise PeerFailed("nobody in the swarm took our record")
 
-    async def records(self) -> list[NodeRecord]:
+    async def records(self) -> Reading:
         """Raises NotAMember when the swarm refuses us, PeerTimedOut after 8 s."""
         here: list[NodeRecord] = []
         for author, signed in await self._read(self._nodes):
@@ -187,7 +188,7 @@ class HivemindDirectory:
                 here.append(record)
         if not here:
             self._raise_refusal()
-        return sorted(here, key=lambda record: record.peer)
+        return Reading(sorted(here, key=lambda record: record.peer))
 
     async def plans(self) -> list[PlanRecord]:
         """Raises NotAMember when the swarm refuses us, PeerTimedOut after 8 s."""

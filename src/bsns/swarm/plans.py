@@ -103,6 +103,11 @@ def ranges_of(record: PlanRecord) -> dict[PeerId, BlockRange]:
     return {one.peer: BlockRange(one.start, one.end) for one in record.assignments}
 
 
+def range_of(record: PlanRecord, peer: PeerId) -> BlockRange | None:
+    """What one node shall hold; None if the plan leaves it out."""
+    return next((BlockRange(one.start, one.end) for one in record.assignments if one.peer == peer), None)
+
+
 class Reign:
     """Which plan a node obeys: the newest of whoever holds the lease, and never an older one after it."""
 

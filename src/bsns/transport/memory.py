@@ -37,38 +37,59 @@ class _Gate(asyncio.ReadTransport):
         self.open.set()
 
 
-class _Pipe:
+class Pipe:
     """One direction of a stream: bytes in at one end, frames out at the other."""
 
     def __init__(self, sender: PeerId, receiver: PeerId, network: MemoryNetwork) -> None:
+        self.sender, self.receiver = sender, receiver
         self.ends = frozenset((sender, receiver))
         self._network = network
         self._held = bytearray()
+        self._held_end: bool | None = None
         self._reader = asyncio.StreamReader(limit=PIPE_BYTES)
         self._gate = _Gate()
         self._reader.set_transport(self._gate)
         self.frames = FrameReader(self._reader, sender)
-        self.closed = False
+        self.closed = self.ended = False
+        """Whether its sender may send no more, and whether its receiver knows that."""
 
     def feed(self, data: bytes) -> None:
+        """Send."""
+        self._network.carry(self, data)
+
+    def arrive(self, data: bytes) -> None:
+        """Take what has come over the network; what comes while the peers are silent is held back."""
         if self._network.is_silent(self.ends):
             self._held += data
-        elif data:
+            self._network.hold(self)
+        elif data and not self.ended:
             self._reader.feed_data(data)
 
     def resume(self) -> None:
         """Bring what was held back while the peers were silent."""
         held, self._held = bytes(self._held), bytearray()
-        if held and not self.closed:
-            self._reader.feed_data(held)
+        self.arrive(held)
+        if self._held_end is not None:
+            self.end(self._held_end)
 
     async def drained(self) -> None:
         await self._gate.open.wait()
 
     def close(self, *, lost: bool = False) -> None:
-        if self.closed or (self._network.is_silent(self.ends) and not lost):
+        """Take nothing more, and tell the receiver."""
+        if not self.closed:
+            self.closed = True
+            self._network.carry_end(self, lost)
+
+    def end(self, lost: bool) -> None:
+        """The receiver learns that the stream has ended."""
+        if self.ended:
             return
-        self.closed = True
+        if self._network.is_silent(self.ends):
+            self._held_end = lost
+            self._network.hold(self)
+            return
+        self.ended = True
         if lost:
             self._reader.set_exception(ConnectionResetError())
         else:
@@ -79,7 +100,7 @@ class _Pipe:
 class MemoryStream:
     """One end of a stream between two peers of a MemoryNetwork (transport.port.Stream)."""
 
-    def __init__(self, owner: MemoryTransport, peer: PeerId, inbound: _Pipe, outbound: _Pipe) -> None:
+    def __init__(self, owner: MemoryTransport, peer: PeerId, inbound: Pipe, outbound: Pipe) -> None:
         self._owner = owner  # keeps the network, and so the peer's handler, alive as long as a stream is held
         self._peer = peer
         self._inbound = inbound
@@ -122,10 +143,6 @@ class MemoryStream:
         self._outbound.close()
         self._inbound.close(lost=True)
 
-    def resume(self) -> None:
-        """See `MemoryNetwork.sound`."""
-        self._outbound.resume()
-
     @property
     def closed(self) -> bool:
         return self._outbound.closed and self._inbound.closed
@@ -156,7 +173,7 @@ class MemoryTransport:
 
     async def dial(self, peer: PeerId, addresses: Sequence[str] = (), *, deadline_s: float = 5.0) -> MemoryStream:
         """Raises PeerUnreachable unless the peer is alive, connected with this one, and listens."""
-        await asyncio.sleep(0)
+        await self._network.dialled(self._peer, peer)
         if peer == self._peer:
             raise PeerUnreachable("a peer does not dial itself")  # nor does one of libp2p
         while self._network.is_silent(frozenset((self._peer, peer))):
@@ -167,7 +184,7 @@ class MemoryTransport:
         there = self._network.reach(self._peer, peer)
         if there is None or there.handler is None:
             raise PeerUnreachable(f"{peer} does not answer")
-        forth, back = _Pipe(self._peer, peer, self._network), _Pipe(peer, self._peer, self._network)
+        forth, back = Pipe(self._peer, peer, self._network), Pipe(peer, self._peer, self._network)
         near = MemoryStream(self, peer, inbound=back, outbound=forth)
         self._keep(near)
         there.accept(MemoryStream(there, self._peer, inbound=forth, outbound=back), there.handler)
@@ -230,6 +247,20 @@ class MemoryNetwork:
         self._peers: dict[PeerId, MemoryTransport] = {}
         self._cut: set[frozenset[PeerId]] = set()
         self._silent: set[frozenset[PeerId]] = set()
+        self._frozen: set[PeerId] = set()
+        self._holding: dict[Pipe, None] = {}
+
+    def carry(self, pipe: Pipe, data: bytes) -> None:
+        """Bring bytes to the other end of a pipe: here at once."""
+        pipe.arrive(data)
+
+    def carry_end(self, pipe: Pipe, lost: bool) -> None:
+        """Bring the news that a pipe has ended, after all that was sent before."""
+        pipe.end(lost)
+
+    async def dialled(self, source: PeerId, target: PeerId) -> None:
+        """Wait as long as it takes to learn whether `target` is there."""
+        await asyncio.sleep(0)
 
     def transport(self, peer: PeerId | str) -> MemoryTransport:
         """A new peer of the given id."""
@@ -264,20 +295,27 @@ class MemoryNetwork:
         self._silent.add(frozenset((one, other)))
 
     def freeze(self, peer: PeerId) -> None:
-        """Silence a peer to everybody, as a stopped process is."""
-        for other in self._peers:
-            if other != peer:
-                self.silence(peer, other)
+        """Silence a peer to everybody, as a stopped process is. `sound` ends it."""
+        self._frozen.add(peer)
 
     def sound(self, peer: PeerId) -> None:
         """End every silence of a peer; what was held back comes."""
         self._silent = {ends for ends in self._silent if peer not in ends}
-        for transport in self._peers.values():
-            for stream in transport.streams:
-                stream.resume()
+        self._frozen.discard(peer)
+        self.resume()
+
+    def hold(self, pipe: Pipe) -> None:
+        """A pipe has something that its ends, being silent, do not hear of yet."""
+        self._holding[pipe] = None
+
+    def resume(self) -> None:
+        """Bring what was held back between peers that are silent no more."""
+        holding, self._holding = self._holding, {}
+        for pipe in holding:
+            pipe.resume()
 
     def is_silent(self, ends: frozenset[PeerId]) -> bool:
-        return ends in self._silent
+        return ends in self._silent or not self._frozen.isdisjoint(ends)
 
     def heal(self, one: PeerId, other: PeerId) -> None:
         """Undo `cut` for streams opened from now on."""

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from bsns.core.errors import BadOption, PeerLost
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadOption, MissingBlocks, PeerLost
 from bsns.core.ids import ModelId, PeerId
 from bsns.node.client import Client
 from bsns.node.view import View
@@ -104,3 +105,35 @@ async def test_a_route_over_what_nodes_measured_of_each_other() -> None:
 def test_a_client_refuses_options_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(BadOption):
         Client("invite", **options)
+
+
+async def test_a_node_that_a_reading_misses_is_not_forgotten_before_its_record_ends() -> None:
+    clock = HandClock()
+    directory = MemoryDirectory(clock=clock.unix_s)
+    spare = msgspec.structs.replace(HONEST, peer=PeerId("spare"), start=2, end=4, expires_s=clock.unix_s() + 75)
+    await directory.publish(spare)
+    view = View(directory, HONEST.model, "float32", 4, clock=clock)
+    links: Any = Pings({"spare": 0.001})
+    blocks = BlockRange(2, 4)
+    assert [hop.peer for hop in await view.route(links, 10, (), blocks)] == ["spare"]
+    directory.shelf.clear()
+    clock.ahead_s = 10.0
+    assert [hop.peer for hop in await view.route(links, 10, (), blocks, fresh=True)] == ["spare"]
+    assert await view.records() == []
+    with pytest.raises(MissingBlocks):
+        await view.route(links, 10, {PeerId("spare")}, blocks, fresh=True)
+    clock.ahead_s = 80.0
+    with pytest.raises(MissingBlocks):
+        await view.route(links, 10, (), blocks, fresh=True)
+
+
+class HandClock:
+    """Time as the test puts it."""
+
+    ahead_s = 0.0
+
+    def now_s(self) -> float:
+        return 100.0 + self.ahead_s
+
+    def unix_s(self) -> float:
+        return 1e9 + self.ahead_s
