@@ -104,7 +104,7 @@ class Offices:
         self._places = places
         self._faults = faults
         self._prompt = client.tokens(PROMPT)
-        self.usual = Outcome([], 0.0, None, 0, ())
+        self.usual = Outcome([], 0.0, None, 0, 0, ())
         """The undisturbed answer."""
 
     @classmethod
@@ -158,7 +158,9 @@ class Offices:
             await self._faults.undo(fault, [number])
             await until_whole(self._client, self._swarm.members)
         same = outcome.tokens == self.usual.tokens
-        return Struck(Cell(outcome.gap_s, same, freed, outcome.repairs, again), joined, successor_s)
+        return Struck(
+            Cell(outcome.gap_s, same, freed, outcome.repairs, outcome.warm_repairs, again), joined, successor_s
+        )
 
     async def _orchestrator(self, after: PlanRecord | None = None) -> PlanRecord:
         """The plan of whoever holds the lease: one that is good for a while, of a later term than `after`, by another.

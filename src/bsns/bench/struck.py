@@ -32,6 +32,8 @@ class Outcome:
     gap_s: float
     error: str | None
     repairs: int
+    warm_repairs: int
+    """Those of them by a warm spare."""
     route: tuple[PeerId, ...]
     """The stages that it began on."""
 
@@ -44,6 +46,7 @@ class Cell:
     exact: bool
     freed: bool
     repairs: int
+    warm_repairs: int
     recomputed: int
     """Tokens computed again, on all nodes together; of several answers the most."""
 
@@ -56,9 +59,10 @@ async def answer(
     tokens: list[int] = []
     stats, error = Stats(), None
     route: tuple[PeerId, ...] = ()
-    repairs = client.generator.repairs
+    generator = client.generator
+    repairs, warm_repairs = generator.repairs, generator.warm_repairs
     try:
-        async for piece in client.generator.stream(prompt, options, stats):
+        async for piece in generator.stream(prompt, options, stats):
             times_s.append(time.perf_counter())
             tokens.append(piece.token or 0)
             route = route or tuple(hop.peer for hop in stats.route)
@@ -67,7 +71,8 @@ async def answer(
     except BsnsError as failed:
         error = f"{type(failed).__name__}: {failed.message}"
     gaps_s = [after - before for before, after in pairwise(times_s)]
-    return Outcome(tokens, max(gaps_s, default=0.0), error, client.generator.repairs - repairs, route)
+    made, warm = generator.repairs - repairs, generator.warm_repairs - warm_repairs
+    return Outcome(tokens, max(gaps_s, default=0.0), error, made, warm, route)
 
 
 def recomputed(before: Rows, after: Rows, outcome: Outcome, struck: Collection[PeerId], prompt: int) -> int:
@@ -104,13 +109,13 @@ async def is_freed(client: Client) -> bool:
 
 
 async def until_whole(client: Client, members: Callable[[], Collection[PeerId]]) -> None:
-    """Wait until every member answers, and pass over nobody any more. Raises PeerLost, naming who is missing."""
+    """Wait until every member answers, and pass none of them over any more. Raises PeerLost, naming who is missing."""
     give_up_s = time.monotonic() + WHOLE_S
     answering: set[PeerId] = set()
     while time.monotonic() < give_up_s:
         answering = {node.record.peer for node in await client.status() if node.now is not None}
         if answering >= set(members()):
-            client.forgive()
+            client.forgive(answering)  # not those that were killed: their records have not expired yet
             return
         await asyncio.sleep(0.2)
     missing = ", ".join(sorted(set(members()) - answering))
@@ -126,6 +131,7 @@ def table(cells: Mapping[tuple[str, str], Cell]) -> dict[str, Any]:
             "exact": cell.exact,
             "freed": cell.freed,
             "repairs": cell.repairs,
+            "warm_repairs": cell.warm_repairs,
             "recomputed": cell.recomputed,
         }
         for name, value in values.items():

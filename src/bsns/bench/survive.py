@@ -52,6 +52,9 @@ PLACES: dict[str, Callable[[int], list[int]]] = {
     "double": lambda stages: [0, stages - 1],
     "adjacent": lambda stages: [stages // 2 - 1, stages // 2],
 }
+WARM_FAULTS = ("kill", "garbage")
+WARM_PLACES = ("first", "middle", "last", "double")
+"""What is struck again where spares are kept warm."""
 NAMES = {0.0: "0", 1e-4: "1e-4", 1e-3: "1e-3", 1e-2: "1e-2"}
 GREEDY = SamplingOptions(max_tokens=TOKENS)
 SEEDED = SamplingOptions(max_tokens=TOKENS, temperature=0.8, top_p=0.95, seed=11)
@@ -90,7 +93,11 @@ async def _bench(model: str, source: ModelSource, quick: bool, seed: int, told: 
     async with LocalSwarm(model, ranges, dtype=DTYPE) as swarm, Client.on(swarm.peer, source, dtype=DTYPE) as client:
         bench = Bench(swarm, client)
         figures = await bench.cells(quick, told)
-        return figures | await bench.rates(quick, seed, told)
+        figures |= await bench.rates(quick, seed, told)
+        async with Client.on(swarm.peer, source, dtype=DTYPE, warm_spares=True) as client:
+            told("the same with warm spares")
+            figures["warm"] = await Bench(swarm, client).cells(quick, told, faults=WARM_FAULTS, places=WARM_PLACES)
+        return figures
 
 
 async def _bench_cut(model: str, source: ModelSource, quick: bool, told: Told) -> dict[str, Any]:
@@ -149,7 +156,7 @@ class Bench:
 
     async def rates(self, quick: bool, seed: int, told: Told) -> dict[str, Any]:
         """Steps per second at several probabilities that a step fails."""
-        tokens = 128 if quick else 512
+        tokens = 128 if quick else 1024
         probabilities = (0.0, 1e-2) if quick else tuple(NAMES)
         rate: dict[str, float] = {}
         failures: dict[str, int] = {}
@@ -181,7 +188,7 @@ class Bench:
     async def _cell(
         self, fault: str, place: str, answers: Sequence[tuple[SamplingOptions, Outcome]], told: Told
     ) -> Cell:
-        gap_s, exact, freed, repairs, again = 0.0, True, True, 0, 0
+        gap_s, exact, freed, repairs, warm, again = 0.0, True, True, 0, 0, 0
         for options, usual in answers:
             before = await rows_of(self.client)
             outcome, struck = await self._struck(fault, place, options)
@@ -189,10 +196,11 @@ class Bench:
             if outcome.error:
                 told(f"{fault} {place}: {outcome.error}")
             gap_s, repairs = max(gap_s, outcome.gap_s), repairs + outcome.repairs
+            warm += outcome.warm_repairs
             exact &= outcome.tokens == usual.tokens
             freed &= await is_freed(self.client)
             again = max(again, recomputed(before, after, outcome, struck, len(self.prompt)))
-        return Cell(gap_s, exact, freed, repairs, again)
+        return Cell(gap_s, exact, freed, repairs, warm, again)
 
     async def _cut_stream(self, rng: random.Random) -> None:
         """End the client's stream to a stage of its session, drawn by lot: the stage forgets the session."""

@@ -10,7 +10,7 @@ from bsns.core.ids import PeerId
 A, B, SPARE = (PeerId(name) for name in ("a", "b", "spare"))
 PROMPT, TOKENS = 100, 40
 ONCE = PROMPT + TOKENS - 1
-OUTCOME = Outcome([1] * TOKENS, 0.1, None, 1, (A, B))
+OUTCOME = Outcome([1] * TOKENS, 0.1, None, 1, 0, (A, B))
 
 
 def test_an_undisturbed_answer_computes_nothing_twice() -> None:
@@ -28,19 +28,19 @@ def test_a_stage_that_stays_may_be_sent_things_again() -> None:
 
 
 def test_an_answer_that_broke_off_early() -> None:
-    early = Outcome([1] * 3, 0.1, "PeerLost", 0, (A, B))
+    early = Outcome([1] * 3, 0.1, "PeerLost", 0, 0, (A, B))
     assert recomputed({}, {A: PROMPT + 2, SPARE: 0}, early, {B}, PROMPT) == 0
 
 
 def test_cells_become_figures() -> None:
-    cells = {("kill", "first"): Cell(0.25, True, True, 1, 256), ("kill", "last"): Cell(0.5, False, True, 2, 512)}
+    cells = {("kill", "first"): Cell(0.25, True, True, 1, 0, 256), ("kill", "last"): Cell(0.5, False, True, 2, 0, 512)}
     figures = table(cells)
     assert figures["gap_ms"] == {"kill": {"first": 250.0, "last": 500.0}}
     assert figures["exact"]["kill"] == {"first": True, "last": False}
     assert figures["recomputed"]["kill"]["last"] == 512
     merge(
         figures,
-        table({("cut", "first"): Cell(1.0, True, False, 1, 0), ("kill", "bootstrap"): Cell(0, True, True, 0, 0)}),
+        table({("cut", "first"): Cell(1.0, True, False, 1, 0, 0), ("kill", "bootstrap"): Cell(0, True, True, 0, 0, 0)}),
     )
     assert figures["freed"] == {"kill": {"first": True, "last": True, "bootstrap": True}, "cut": {"first": False}}
 
