@@ -194,6 +194,35 @@ def reporting() -> Iterator[Callable[[str], None]]:
     yield told
 
 
+@app.command()
+def simulate(
+    model: Annotated[str, typer.Argument(help="The model to measure with.")] = "smollm2-135m",
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Real swarms of 3 and 6 processes on this machine beside what the simulator predicts for them.
+
+    Example: bsns bench simulate --quick
+    """
+
+    async def verb() -> None:
+        from bsns.bench.simulation import bench_simulation
+
+        with doing("starting", quiet=as_json) as update:
+            figures = await bench_simulation(model, quick=quick, told=update)
+        if as_json:
+            emit(figures)
+            return
+        view = Table("nodes", "streams", "measured tokens/s", "predicted", "error")
+        for row in figures["rows"]:
+            cells = (row["nodes"], row["streams"], row["measured"], row["predicted"])
+            view.add_row(*map(str, cells), f"{row['error']:+.1%}")
+        out.print(view)
+        out.print(_table(figures))
+
+    run(verb(), as_json=as_json)
+
+
 def _swarm_table(figures: dict[str, Any]) -> Table:
     view = Table("setting", "tokens/s of", "equal split", "planned", "gain predicted", "measured")
     for row in figures["settings"]:

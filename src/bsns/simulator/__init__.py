@@ -1,0 +1,1 @@
+"""A whole swarm on a virtual clock: the real decisions, over links and machines that are only reckoned."""

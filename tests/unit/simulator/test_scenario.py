@@ -1,0 +1,46 @@
+"""Scenario files: whatever is wrong with one is said in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bsns.core.errors import BadOption
+from bsns.simulator.scenario import parse_scenario
+
+SCENARIOS = Path(__file__).parents[3] / "benchmarks" / "scenarios"
+NODES = "[[nodes]]\ncount = 3\n"
+
+
+def test_every_scenario_of_the_project_is_one() -> None:
+    files = sorted(SCENARIOS.glob("*.toml"))
+    assert len(files) >= 4
+    for file in files:
+        assert parse_scenario(file.read_text(), seed=5).seed == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "nodes"),
+        ("nonsense", "no scenario"),
+        ("[[nodes]]\ncount = 0\n", "1 to 20000 nodes"),
+        ("[[nodes]]\ncount = 100000\n", "1 to 20000 nodes"),
+        (NODES + "block_ms = 0\n", "take time"),
+        (NODES + "colour = 1\n", "colour"),
+        ("duration_s = -1\n" + NODES, "duration_s"),
+        ("duration_s = nan\n" + NODES, "duration_s"),
+        (NODES + "[ways]\nmbit = 0\n", "Mbit"),
+        (NODES + "[ways]\nloss = 1.0\n", "loss"),
+        (NODES + "[clients]\nanswer_tokens = [9, 3]\n", "a least and a most"),
+        (NODES + "[clients]\nanswer_tokens = [9, 9000]\n", "context"),
+        (NODES + "[[fault]]\nat_s = 1.0\nkind = 'crash'\nnode = 3\n", "a fault's node"),
+        (NODES + "[[fault]]\nat_s = 1.0\nkind = 'explode'\n", "explode"),
+        (NODES + "[faults]\nkinds = ['explode']\n", "explode"),
+        ("lease_s = 0\n" + NODES, "lease_s"),
+    ],
+)
+def test_a_scenario_that_cannot_be(text: str, said: str) -> None:
+    with pytest.raises(BadOption, match=said):
+        parse_scenario(text)
