@@ -28,6 +28,7 @@ from bsns.core.errors import (
     PeerError,
     PeerFailed,
     PeerLost,
+    PeerSlow,
     PeerTimedOut,
     PromptTooLong,
     ProtocolError,
@@ -378,6 +379,22 @@ class Generator:
             except BsnsError as error:
                 for id_, *_ in steps:
                     self._on_failure(id_, error.about(link.peer))
+        for item in turned:
+            self._look_at_pace(item)
+
+    def _look_at_pace(self, item: Turned) -> None:
+        """A stage that has become many times slower than it was is replaced, if others can do it."""
+        reader, turns_ms = self._readers.get(item.answer.session), item.answer.turns_ms
+        if reader is None or item.finished or len(turns_ms) < 2:  # the first is the prompt's
+            return
+        total_ms, hops = turns_ms[-1]
+        slow = reader.pace.turned(total_ms, [computing_ms for _, computing_ms in hops])
+        if slow is None or reader.mending is not None or len(hops) != len(reader.session.route):
+            return
+        reader.pace.rerouted()  # whether it is replaced or, for want of others, kept
+        peer = reader.session.route[slow].peer
+        error = PeerSlow(f"node {peer} has become slow: it computes {hops[slow][1]:.0f} ms for a token")
+        self._repairs.lose(reader, peer, error.about(peer))
 
     def _on_decoder_failed(self, answers: list[Answer], error: Exception) -> None:
         failure = error if isinstance(error, BsnsError) else PeerFailed(f"choosing a token failed: {error!r}")

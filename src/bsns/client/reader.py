@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from bsns.client.decoder import Answer, Turned
 from bsns.client.fault import Progress
+from bsns.client.pace import Pace
 from bsns.client.session import Session
 from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId
@@ -47,6 +48,7 @@ class Reader:
         self.setbacks = 0
         """Repairs begun since something came through last."""
         self.progress = Progress()
+        self.pace = Pace()
         self.deaf_since_s: float | None = None
         """Since when no stage has answered."""
         self.mending: asyncio.Task[None] | None = None

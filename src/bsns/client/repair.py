@@ -141,6 +141,7 @@ class Repairs:
                 reader.lost[hop.peer] = reader.early[hop.peer]
         reader.early.clear()
         self.made += 1
+        reader.pace.rerouted()
         self.made_warm += spare is not None
         by = [hop.peer for hop in hops]
         log.info("a lost stage was replaced", blocks=str(blocks), by=by, again=through, warm=spare is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import Callable
 
 from bsns.client.links import Link, Links
@@ -52,7 +51,7 @@ class Watch:
                 self._lose(reader, link.peer, error)
             await asyncio.gather(*(link.give_up(error) for link, error in silent.items()))
             return
-        found = reader.progress.fault(sent, route, there, _usual_s(reader), self._clock.now_s())
+        found = reader.progress.fault(sent, route, there, reader.pace.usual_s, self._clock.now_s())
         if found is not None:
             peer, error = found
             self._lose(reader, peer, error.about(peer))
@@ -81,10 +80,4 @@ class Watch:
 
 def patience_s(reader: Reader) -> float:
     """How long a step may take before its stages are asked."""
-    return max(PATIENCE_S, USUAL_FACTOR * _usual_s(reader))
-
-
-def _usual_s(reader: Reader) -> float:
-    """What a turn of an answer takes; 0 where that is not known yet."""
-    turns_ms = reader.answer.turns_ms if reader.answer is not None else []
-    return statistics.median(total for total, _ in turns_ms[-9:]) / 1e3 if len(turns_ms) > 1 else 0.0
+    return max(PATIENCE_S, USUAL_FACTOR * reader.pace.usual_s)
