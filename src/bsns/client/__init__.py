@@ -6,6 +6,9 @@ reader      whoever waits for what a session brings, and how far it has come
 watch       asks the stages of a session whose step is overdue
 fault       whose doing it is (pure)
 repair      a lost stage is replaced, and only its blocks are computed again
+spares      nodes that compute an answer's stages along, on request
+finding     how stages are asked for, and what is told of them
+pace        which stage has become slow (pure)
 decoder     the thread that turns activations into tokens and tokens into activations
 generate    a prompt's way to a streamed answer
 sampling    logits to a token, a pure function of seed and position

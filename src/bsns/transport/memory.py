@@ -161,7 +161,7 @@ class MemoryTransport:
         self._peer = peer
         self.handler: Handler | None = None
         self.streams: list[MemoryStream] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
 
     @property
     def peer(self) -> PeerId:
@@ -203,8 +203,8 @@ class MemoryTransport:
 
         self._keep(stream)
         task = asyncio.create_task(serve())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
     def _keep(self, stream: MemoryStream) -> None:
         self.streams = [known for known in self.streams if not known.closed]
@@ -236,7 +236,7 @@ class MemoryTransport:
         self.handler = None
         for stream in self.streams:
             stream.cut()
-        for task in self._tasks:
+        for task in list(self._tasks):
             task.cancel()
 
 

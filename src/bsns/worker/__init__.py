@@ -8,6 +8,7 @@ calibration     how fast a stage is, measured before it serves
 throttle        another executor on a slower machine, for emulated swarms
 faults          a worker that fails on demand, for tests and benchmarks of survival
 journal         what a session has sent on, for a replay (pure)
+replays         journals on their way to a new next stage, or along to a spare
 relay           streams to the next stages
 service         the conversation with clients and neighbours
 """

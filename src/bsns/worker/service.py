@@ -88,7 +88,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._busy = False
         self._clients: dict[PeerId, Stream] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
         self._replays = Replays(
             self._relay, self._spawn, self._report_about, dtype=self._dtype, hidden_size=self._hidden_size
         )
@@ -476,6 +476,6 @@ class Worker:
 
     def _spawn(self, coroutine: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self._loop.create_task(coroutine)  # type: ignore[arg-type]
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
         return task
