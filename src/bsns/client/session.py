@@ -18,12 +18,15 @@ from bsns.routing.chain import Hop, Route
 
 log = structlog.get_logger(__name__)
 
+LEAST_ID = 10**18
+"""All ids have as many digits, so that what is said of sessions has the same length in every simulation."""
+
 
 class Session:
     """A reservation of `max_tokens` of KV cache on every stage of a route."""
 
     def __init__(self, links: Links, route: Route, *, model: ModelId, dtype: str, max_tokens: int) -> None:
-        self.id = SessionId(secrets.randbits(63))
+        self.id = SessionId(LEAST_ID + secrets.randbelow(2**63 - LEAST_ID))
         self.route = route
         self.max_tokens = max_tokens
         self._links = links
