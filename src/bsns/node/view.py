@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import statistics
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,16 +92,16 @@ class View:
 
     def snapshot(self) -> Snapshot:
         """The records last read, with our own round trips."""
-        return self._snapshot(self._records)
+        return snapshot(self._records, self._clock.unix_s(), self._ways())
 
-    def _snapshot(self, records: Sequence[NodeRecord]) -> Snapshot:
+    def _ways(self) -> dict[PeerId, Way]:
+        """To those who have answered."""
         now_s = self._clock.now_s()
-        client = {
+        return {
             peer: Way(rtt_s, age_s=now_s - measured_s)
             for peer, (rtt_s, measured_s) in self._round_trip_s.items()
             if rtt_s is not None
         }
-        return snapshot(records, self._clock.unix_s(), client)
 
     async def route(
         self,
@@ -126,21 +127,31 @@ class View:
         records = await self.records()
         if not records:
             raise MissingBlocks("no node of the swarm serves this model; start one with bsns serve MODEL --join INVITE")
-        near = self._near(BlockRange(0, records[0].block_count), needed_tokens, avoid)
+        near = self._near(records, None, needed_tokens, {*avoid, *self._passed_over()})
         await self._measure(links, [record for record in near if record.peer not in avoid])
         return self._best(None, needed_tokens, avoid)
 
-    def _near(self, blocks: BlockRange, needed_tokens: int, avoid: Collection[PeerId]) -> list[NodeRecord]:
+    def _passed_over(self) -> set[PeerId]:
+        return self._grudges.passed_over(self._clock.now_s())
+
+    def _near(
+        self, records: Sequence[NodeRecord], blocks: BlockRange | None, needed_tokens: int, without: Collection[PeerId]
+    ) -> list[NodeRecord]:
         """Those of the nodes that are worth asking (routing.shortlist)."""
         return shortlist(
-            self._records,
-            blocks,
+            records,
+            blocks or BlockRange(0, records[0].block_count),
             needed_tokens=needed_tokens,
-            avoid={*avoid, *self._grudges.passed_over(self._clock.now_s())},
+            avoid=without,
             sessions=self.sessions(),
-            round_trips_s={peer: rtt_s for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is not None},
+            round_trips_s={peer: way.round_trip_s for peer, way in self._ways().items()},
+            silent=self._silent(),
             whim=self._whim,
         )
+
+    def _silent(self) -> set[PeerId]:
+        """Who did not answer when they were asked last."""
+        return {peer for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is None}
 
     def _whim(self, peer: PeerId) -> float:
         """A number in [0, 1) that is this client's own for a peer."""
@@ -152,21 +163,22 @@ class View:
         Where nobody else is left, nodes that the directory showed before will do: a reading may miss the records that
         lay on a node which has just failed.
         """
-        silent = {peer for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is None}
+        ways = self._ways()
+        usual = Way(statistics.median(way.round_trip_s for way in ways.values())) if ways else None
 
-        def choose(records: list[NodeRecord], avoid: Collection[PeerId]) -> Route:
-            wish = self._wish
-            known = Knowledge(self._snapshot(records), self.sessions(), silent)
+        def choose(records: list[NodeRecord], without: Collection[PeerId]) -> Route:
+            near = self._near(records, blocks, needed_tokens, without) if records else []
+            # whom we have not asked is as far as others usually are, not nearer than all
+            guessed = {} if usual is None else dict.fromkeys((record.peer for record in near), usual)
+            seen = snapshot(near, self._clock.unix_s(), guessed | ways)
+            known, wish = Knowledge(seen, self.sessions(), self._silent()), self._wish
             if blocks is not None:
-                return best_detour(records, blocks, known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
-            return best_chain(records, count, known, needed_tokens=needed_tokens, avoid=avoid, wish=wish)
+                return best_detour(near, blocks, known, needed_tokens=needed_tokens, avoid=without, wish=wish)
+            count = records[0].block_count
+            return best_chain(near, count, known, needed_tokens=needed_tokens, avoid=without, wish=wish)
 
-        count = next((record.block_count for record in (*self._records, *self._missed)), 0)
-        near = self._near(blocks or BlockRange(0, max(count, 1)), needed_tokens, avoid)
-        passed_over = self._grudges.passed_over(self._clock.now_s()) - set(avoid)
-        among = [(near, {*avoid, *passed_over})]
-        if len(near) < len(self._records):
-            among.append((self._records, {*avoid, *passed_over}))
+        passed_over = self._passed_over() - set(avoid)
+        among = [(self._records, {*avoid, *passed_over})]
         if self._missed:
             among.append(([*self._records, *self._missed], {*avoid, *passed_over}))
         if passed_over:

@@ -10,6 +10,7 @@ from bsns.core.ids import PeerId
 from bsns.protocol.records import NodeRecord
 from bsns.routing.load import slowdown
 
+SILENT_S = 1e6
 ASKED = 64
 """Of up to so many nodes all are asked."""
 HOLDERS = 16
@@ -24,13 +25,14 @@ def shortlist(
     avoid: Collection[PeerId],
     sessions: Mapping[PeerId, int],
     round_trips_s: Mapping[PeerId, float],
+    silent: Collection[PeerId],
     whim: Callable[[PeerId], float],
 ) -> list[NodeRecord]:
     """The nodes that are likeliest to be on the best chain over `blocks`, in the records' order; all of a small swarm.
 
     A node's merit is its time for a block, more while it is busy, and its part of the round trip, where that is not
-    known the usual one. `whim` (0 to 1, the client's own) makes a node look slower by up to a half, so that clients do
-    not all ask the same ones.
+    known the usual one; those that are silent come last. `whim` (0 to 1, the client's own) makes a node look slower by
+    up to a half, so that clients do not all ask the same ones.
     """
     if len(records) <= ASKED:
         return list(records)
@@ -40,7 +42,8 @@ def shortlist(
         peer = record.peer
         longest = max(map(len, record.ranges))
         compute_s = record.block_time_s * slowdown(sessions.get(peer, 0)) * (1 + whim(peer) / 2)
-        return compute_s + round_trips_s.get(peer, usual_s) / 2 / longest
+        way_s = SILENT_S if peer in silent else round_trips_s.get(peer, usual_s) / 2
+        return compute_s + way_s / longest
 
     fitting = [
         record
