@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from bsns.simulator.report import report, to_json
 from bsns.simulator.scenario import parse_scenario
@@ -17,15 +14,6 @@ ROOT = Path(__file__).parents[2]
 SCENARIOS = ROOT / "benchmarks" / "scenarios"
 FAILED_ONCE = [int(line) for line in (Path(__file__).parent / "seeds.txt").read_text().splitlines() if line[0] != "#"]
 SEEDS = [*range(1000, 1012)]
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """What simulated nodes complain of is no news."""
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.configure(**before)
 
 
 @pytest.mark.parametrize("seed", [*FAILED_ONCE, *SEEDS])

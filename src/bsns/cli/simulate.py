@@ -33,7 +33,7 @@ def simulate(
     not: wrong tokens, an answer that hangs or only looks complete, sessions left over, a block that a plan uncovered.
 
     Example:
-      bsns simulate benchmarks/scenarios/six.toml --plot six.svg
+      bsns simulate benchmarks/scenarios/faults-50.toml --plot run.svg
     """
 
     async def verb() -> None:

@@ -23,23 +23,19 @@ class _Usual:
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=WINDOW)
-        self._least = math.inf
+        self.least = math.inf
+        """inf before there are enough values."""
 
     def add(self, value: float) -> None:
         self._latest.append(value)
         if len(self._latest) == WINDOW:
-            self._least = min(self._least, statistics.median(self._latest))
-
-    @property
-    def least(self) -> float:
-        """inf before there are enough values."""
-        return self._least
+            self.least = min(self.least, statistics.median(self._latest))
 
     @property
     def so_far(self) -> float:
         """The median of few values, where there are no more; 0 without any."""
-        if math.isfinite(self._least):
-            return self._least
+        if math.isfinite(self.least):
+            return self.least
         return statistics.median(self._latest) if self._latest else 0.0
 
     @property

@@ -56,7 +56,7 @@ def best_plan(
         objective=objective,
         cache_tokens=cache_tokens,
         rng=np.random.default_rng(0),
-        remaining_s=lambda: max(0.0, until_s - time.monotonic()) if plan_s else 0.0,
+        remaining_s=lambda: max(0.0, until_s - time.monotonic()),
     )
 
 

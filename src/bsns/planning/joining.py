@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from bsns.core.blocks import BlockRange
@@ -26,9 +26,13 @@ def choose_range(block_count: int, holders: Iterable[tuple[BlockRange, float]], 
     """
     if max_blocks < 1:
         raise BadOption(f"max_blocks is {max_blocks}; a node needs at least 1 block")
-    throughputs = block_throughputs(block_count, holders)
-    size = min(max_blocks, block_count)
-    start = min(range(block_count - size + 1), key=lambda i: sorted(throughputs[i : i + size]))
+    return weakest_range(block_throughputs(block_count, holders), max_blocks)
+
+
+def weakest_range(throughputs: Sequence[float], max_blocks: int) -> BlockRange:
+    """The same, of blocks whose throughputs are known."""
+    size = min(max_blocks, len(throughputs))
+    start = min(range(len(throughputs) - size + 1), key=lambda i: sorted(throughputs[i : i + size]))
     return BlockRange(start, start + size)
 
 

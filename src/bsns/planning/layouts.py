@@ -46,7 +46,8 @@ def layout_cost(problem: ChainProblem, ranges: Ranges, objective: Objective) -> 
 
     Either one node computes each stage, or all that hold a stage share its work; then a node gives each stage no more
     than that stage's part of what it holds. Stages are cut where somebody's range begins or ends. The way is found by
-    dynamic programming over the cuts and the last node; it is the best for a single weight, near it for a mixture.
+    dynamic programming over the cuts and the last node; it is the best for a single weight, near it for a mixture and
+    where more than BEAM nodes end at a cut.
     """
     index = {peer: number for number, peer in enumerate(problem.peers)}
     held = [(index[peer], blocks) for peer, those in ranges.items() if peer in index for blocks in those]

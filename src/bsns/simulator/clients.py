@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from bsns.client.generate import Generator, Stats
+from bsns.client.generate import Generator
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError
@@ -124,22 +124,29 @@ class SimulatedClient:
     ) -> Route:
         return await self.view.route(self.generator.links, needed_tokens, avoid, blocks, fresh)
 
-    async def ask(self, number: int, rng: random.Random, told: Told) -> None:
-        """Ask for one answer, and note what comes."""
+    async def ask(self, rng: random.Random, told: Told) -> None:
+        """Ask for one answer, and note what comes. One that hangs is given up: its silence is the problem."""
         loop, scenario = self.swarm.loop, self.swarm.scenario
         prompt = [rng.randrange(VOCABULARY) for _ in range(told.prompt_tokens)]
         options = SamplingOptions(max_tokens=told.wanted)
         if told.seeded:
             options = replace(options, temperature=0.8, top_p=0.95, seed=rng.randrange(2**31))
         checked = rng.random() < scenario.verify
+        pieces = self.generator.stream(prompt, options)
         try:
-            async for piece in self.generator.stream(prompt, options, Stats()):
+            while told.finished is None:
+                async with asyncio.timeout(scenario.clients.deadline_s + HANGS_S + 1.0):
+                    piece = await anext(pieces)
                 told.times_s.append(loop.time())
                 if piece.token is not None:
                     told.tokens.append(piece.token)
                 told.finished = piece.finished
         except BsnsError as error:
             told.error, told.message = error.code, error.message
+        except (TimeoutError, StopAsyncIteration):
+            pass
+        finally:
+            await pieces.aclose()
         told.ended_s = loop.time()
         if checked:
             told.right = _begins(expected_tokens(prompt, options, scenario.model.blocks), told.tokens)
@@ -169,7 +176,7 @@ async def keep_asking(
             rng.random() < clients.seeded,
         )
         answers.append(told)
-        await client.ask(number, rng, told)
+        await client.ask(rng, told)
         if told.error is not None:
             await asyncio.sleep(1.0)  # as somebody does who has been refused
         if clients.think_s:

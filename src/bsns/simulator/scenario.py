@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.plan import LEAST_CACHE_TOKENS
 
 MAX_NODES = 20_000
+MAX_SPREAD = 10.0
 Kind = Literal["crash", "freeze", "slow", "cut", "flap", "lie", "leave"]
 RANDOM_KINDS: tuple[Kind, ...] = ("crash", "freeze", "slow", "cut", "flap", "lie")
 
@@ -159,7 +161,7 @@ class Scenario(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def parse_scenario(text: str, **changes: Any) -> Scenario:
-    """The scenario in a TOML file; `changes` go before what it says. Raises BadOption, naming the place."""
+    """The scenario in a TOML file; `changes` go before what it says. Raises BadOption or BadRange, naming the place."""
     try:
         scenario = msgspec.toml.decode(text, type=Scenario)
         scenario = msgspec.structs.replace(scenario, **changes)
@@ -170,39 +172,52 @@ def parse_scenario(text: str, **changes: Any) -> Scenario:
 
 
 def check(scenario: Scenario) -> None:
-    """Raises BadOption unless every value is possible."""
+    """Raises BadOption, or BadRange for a node's blocks, unless every value is possible."""
+    _check_numbers(scenario)
     _require(1 <= scenario.node_count <= MAX_NODES, f"1 to {MAX_NODES} nodes can be simulated")
-    _require(_positive(scenario.duration_s) and scenario.duration_s <= 86400, "duration_s is 0 to 86400")
-    _require(1 <= scenario.model.blocks <= 1000, "model.blocks is 1 to 1000")
+    _require(0 < scenario.duration_s <= 86400, "duration_s is 0 to 86400")
+    _require(0 < scenario.lease_s <= 120, "lease_s is up to 120")
     model = scenario.model
+    _require(1 <= model.blocks <= 1000, "model.blocks is 1 to 1000")
     _require(min(model.block_bytes, model.kv_bytes, model.hidden_bytes) >= 1, "the model's sizes are above 0")
     _require(model.context_tokens >= 2, "model.context_tokens is 2 or more")
     ways = scenario.ways
-    _require(min(ways.round_trip_ms, ways.far_round_trip_ms, ways.directory_ms) >= 0, "times on ways are not negative")
-    _require(_positive(ways.mbit) and _positive(ways.far_mbit), "ways carry more than 0 Mbit/s")
-    _require(0 <= ways.loss < 1 and ways.regions >= 1, "ways.loss is below 1, and there is a region")
+    _require(ways.mbit > 0 and ways.far_mbit > 0, "ways carry more than 0 Mbit/s")
+    _require(ways.loss < 1 and ways.regions >= 1, "ways.loss is below 1, and there is a region")
     for nodes in scenario.nodes:
         _require(nodes.count >= 1 and nodes.cores >= 1, "nodes.count and nodes.cores are 1 or more")
-        _require(_positive(nodes.block_ms) and _positive(nodes.rows_per_block), "nodes take time")
-        _require(nodes.overhead_ms >= 0 and nodes.spread >= 0 and nodes.load_s_per_block >= 0, "no time is negative")
-        _require(
-            0 <= nodes.most_blocks <= model.blocks and nodes.cache_tokens >= 1, "nodes.most_blocks and cache_tokens"
-        )
-    clients = scenario.clients
-    for least, most in (clients.prompt_tokens, clients.answer_tokens):
-        _require(1 <= least <= most, "clients' tokens are a least and a most")
+        _require(nodes.block_ms > 0 and nodes.rows_per_block > 0, "nodes take time")
+        _require(nodes.spread <= MAX_SPREAD, f"nodes.spread is at most {MAX_SPREAD:g}")
+        _require(nodes.most_blocks <= model.blocks, "nodes.most_blocks is no more than the model has")
+        _require(nodes.cache_tokens >= 1, "nodes.cache_tokens is 1 or more")
+        if nodes.blocks != "auto":
+            BlockRange.parse(nodes.blocks, model.blocks)
+    clients, faults = scenario.clients, scenario.faults
+    for name, least, most in (
+        ("clients.prompt_tokens", *clients.prompt_tokens),
+        ("clients.answer_tokens", *clients.answer_tokens),
+    ):
+        _require(1 <= least <= most, f"{name} are a least and a most")
     _require(clients.prompt_tokens[1] + clients.answer_tokens[1] <= model.context_tokens, "answers fit the context")
-    _require(clients.count >= 0 and clients.think_s >= 0 and clients.turn_ms >= 0, "clients' figures are not negative")
-    _require(_positive(clients.deadline_s) and 0 <= clients.seeded <= 1, "clients.deadline_s or seeded")
-    _require(
-        all(-1 <= fault.node < scenario.node_count and fault.at_s >= 0 for fault in scenario.fault), "a fault's node"
-    )
-    _require(0 <= scenario.churn.graceful <= 1 and scenario.churn.share_per_minute >= 0, "churn")
-    _require(0 <= scenario.verify <= 1 and 0 < scenario.lease_s <= 120, "verify is a share; lease_s is up to 120")
+    _require(clients.deadline_s > 0, "clients.deadline_s is above 0")
+    _require(faults.from_s <= faults.until_s and faults.for_s[0] <= faults.for_s[1], "faults begin before they end")
+    _require(bool(faults.kinds), "faults are of some kind")
+    shares = (clients.seeded, faults.aimed, scenario.churn.graceful, scenario.verify)
+    _require(max(shares) <= 1, "shares (seeded, aimed, graceful, verify) are 0 to 1")
+    for fault in scenario.fault:
+        _require(-1 <= fault.node < scenario.node_count, "a fault's node is one of them, or -1")
+        _require(fault.for_s < math.inf or fault.kind in ("slow", "leave"), "only slow and leave last for ever")
 
 
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
+def _check_numbers(table: msgspec.Struct) -> None:
+    """No number is negative or none at all; infinite is only how long a fault lasts, and -1 its node."""
+    for name in table.__struct_fields__:
+        values = getattr(table, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, msgspec.Struct):
+                _check_numbers(value)
+            elif isinstance(value, int | float) and (name, value) not in (("node", -1), ("for_s", math.inf)):
+                _require(0 <= value < math.inf, f"{name} is {value}")
 
 
 def _require(holds: bool, rule: str) -> None:

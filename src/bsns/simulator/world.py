@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from bsns.core.blocks import BlockRange, missing_blocks
+from bsns.core.errors import BadOption
 from bsns.core.ids import PeerId
 from bsns.core.plan import Objective
 from bsns.core.snapshot import NodeView, Snapshot
 from bsns.node.orchestrator import best_plan
 from bsns.planning.exact import solve_exactly
+from bsns.planning.joining import weakest_range
 from bsns.planning.layouts import layout_cost
 from bsns.planning.network import chain_problem
 from bsns.simulator.clients import SimulatedClient, Told, keep_asking
@@ -25,6 +27,7 @@ from bsns.simulator.network import SimulatedNetwork, Way
 from bsns.simulator.nodes import SimulatedNode, Swarm
 from bsns.simulator.scenario import Fault, Scenario
 from bsns.swarm.invites import Founder
+from bsns.worker.faults import FaultyWorker
 
 RESTART_S = 3.0
 """How long a process takes that comes back, before it loads."""
@@ -143,9 +146,8 @@ class World:
         scenario, outcome = self.scenario, self.outcome
         await self._bring_up()
         clients = scenario.clients
-        machine = self._machine(clients.machine, 1)
         self.clients = [
-            SimulatedClient(self.swarm, machine if clients.together else self._machine(clients.machine, 1))
+            SimulatedClient(self.swarm, self._machine(clients.machine, 1))
             for _ in range(1 if clients.together else clients.count)
         ]
         began_s = self.loop.time()
@@ -184,9 +186,7 @@ class World:
             if node.kind.blocks != "auto":
                 blocks = BlockRange.parse(node.kind.blocks, count)
             else:
-                size = min(node.most_blocks, count)
-                start = min(range(count - size + 1), key=lambda at: sorted(throughput[at : at + size]))
-                blocks = BlockRange(start, start + size)
+                blocks = weakest_range(throughput, node.most_blocks)
             for block in blocks:
                 throughput[block] += 1 / node.block_time_s
             first.append((node, blocks))
@@ -243,9 +243,10 @@ class World:
                     node.slowness = 1.0
             case "lie":
                 worker = server.worker
-                worker.garbled = True  # type: ignore[attr-defined]
+                assert isinstance(worker, FaultyWorker)
+                worker.garbled = True
                 await asyncio.sleep(fault.for_s)
-                worker.garbled = False  # type: ignore[attr-defined]
+                worker.garbled = False
             case "cut":
                 await self._cut({peer}, fault.for_s)
             case "flap":
@@ -310,7 +311,8 @@ class World:
         now_s = layout_cost(problem, held, THROUGHPUT).bottleneck_s
         if snapshot.nodes not in self._best_s:
             exact = solve_exactly(problem, THROUGHPUT, remaining_s=lambda: EXACT_S)
-            assert exact.proven, "the best layout was not found in time; compare smaller swarms"
+            if not exact.proven:
+                raise BadOption(f"the best layout was not found within {EXACT_S:g} s; leave out optimum_every_s")
             plan = best_plan(snapshot, self.swarm.shape, THROUGHPUT, scenario.model.least_cache_tokens)
             self._best_s = {snapshot.nodes: min(exact.bound_s, plan.bottleneck_s)}  # of what follows one another
         return 1 / now_s, 1 / self._best_s[snapshot.nodes]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bsns.core.errors import BadOption
+from bsns.core.errors import BadOption, BadRange
 from bsns.simulator.scenario import parse_scenario
 
 SCENARIOS = Path(__file__).parents[3] / "benchmarks" / "scenarios"
@@ -31,6 +31,15 @@ def test_every_scenario_of_the_project_is_one() -> None:
         (NODES + "colour = 1\n", "colour"),
         ("duration_s = -1\n" + NODES, "duration_s"),
         ("duration_s = nan\n" + NODES, "duration_s"),
+        ("[ways]\nround_trip_ms = nan\n" + NODES, "round_trip_ms"),
+        ("[churn]\nshare_per_minute = inf\n" + NODES, "share_per_minute"),
+        ("[churn]\ngraceful = 2.0\n" + NODES, "shares"),
+        (NODES + "spread = 2000.0\n", "spread"),
+        (NODES + "joins_at_s = -3.0\n", "joins_at_s"),
+        (NODES + "blocks = '99:100'\n", "99:100"),
+        (NODES + "[faults]\nfrom_s = 9.0\nuntil_s = 2.0\n", "begin before"),
+        (NODES + "[faults]\nkinds = []\n", "some kind"),
+        (NODES + "[[fault]]\nat_s = 1.0\nkind = 'crash'\nfor_s = inf\n", "for ever"),
         (NODES + "[ways]\nmbit = 0\n", "Mbit"),
         (NODES + "[ways]\nloss = 1.0\n", "loss"),
         (NODES + "[clients]\nanswer_tokens = [9, 3]\n", "a least and a most"),
@@ -42,5 +51,5 @@ def test_every_scenario_of_the_project_is_one() -> None:
     ],
 )
 def test_a_scenario_that_cannot_be(text: str, said: str) -> None:
-    with pytest.raises(BadOption, match=said):
+    with pytest.raises((BadOption, BadRange), match=said):
         parse_scenario(text)
