@@ -79,7 +79,12 @@ def test_same_distribution_as_transformers(
     before = logits_V.clone()
     ours, theirs = whole(logits_V, history, options), twin(logits_V, history, options)
     assert torch.equal(logits_V, before)
-    if not torch.equal(ours > 0, theirs > 0):
+    only_ours, only_theirs = ours[(ours > 0) & (theirs == 0)], theirs[(theirs > 0) & (ours == 0)]
+    if len(only_ours) and len(only_ours) == len(only_theirs):
+        # The nucleus's edge falls among equals, and transformers' sort, which is not stable, takes others of them.
+        torch.testing.assert_close(only_ours, only_theirs[:1].expand_as(only_ours), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours.sort().values, theirs.sort().values, atol=1e-6, rtol=1e-5)
+    elif not torch.equal(ours > 0, theirs > 0):
         # Only where transformers' float32 sums round across the nucleus's edge may the sets differ, by a sliver.
         edge = (ours - theirs).abs().sum()
         assert options.top_p < 1
