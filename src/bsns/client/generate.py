@@ -30,6 +30,7 @@ from bsns.core.errors import (
     PeerLost,
     PeerSlow,
     PeerTimedOut,
+    PeerUnreachable,
     PromptTooLong,
     ProtocolError,
     Remedy,
@@ -42,6 +43,10 @@ from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
+
+UNREACHED_S = 6.0
+AGAIN_S = 0.5
+"""Whom a node could not dial once, for it was just coming up, it does not dial again for 5 s (libp2p's backoff)."""
 
 T = TypeVar("T")
 
@@ -224,14 +229,20 @@ class Generator:
 
     async def _open(self, max_tokens: int) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
-        after the deadline."""
-        give_up_s = self._clock.now_s() + self._deadline_s
+        after the deadline. Where somebody cannot be reached and nobody else is left, all are tried again for a while.
+        """
+        began_s = self._clock.now_s()
+        give_up_s = began_s + self._deadline_s
         avoid: set[PeerId] = set()
         refusal: BsnsError | None = None
         while True:
             try:
                 route = await self._find_route(max_tokens, avoid, None, bool(avoid))
             except (SwarmError, PeerError) as error:
+                if isinstance(refusal, PeerUnreachable) and self._clock.now_s() - began_s < UNREACHED_S:
+                    avoid.clear()
+                    await asyncio.sleep(AGAIN_S)
+                    continue
                 raise refusal or error from None  # the refusal says more than that nobody is left
             session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
             try:

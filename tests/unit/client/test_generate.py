@@ -13,6 +13,7 @@ import torch
 from memory_swarm import MemorySwarm, StageShelf, answer, until
 from tiny_models import prompt
 
+from bsns.client import generate as module
 from bsns.client.generate import CHUNK_ROWS, Generator, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
@@ -24,6 +25,7 @@ from bsns.core.errors import (
     PeerError,
     PeerFailed,
     PeerTimedOut,
+    PeerUnreachable,
     PromptTooLong,
     SwarmError,
 )
@@ -382,3 +384,30 @@ async def test_a_stage_that_only_says_it_is_coming_is_replaced_or_ends_at_the_de
 
 async def _route(*hops: Hop) -> Route:
     return hops
+
+
+async def test_a_node_that_another_cannot_reach_yet_is_waited_for(scene: Scene) -> None:
+    """Nodes that come up together: the first dialled the second too early, and does not dial it again for a while."""
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    network, (one, other) = scene.swarm.network, [node.hop.peer for node in scene.swarm.nodes.values()]
+    usual = await answer(client, prompt(8), SamplingOptions(max_tokens=4))
+    network.cut(one, other)
+    asked = asyncio.create_task(answer(client, prompt(8), SamplingOptions(max_tokens=4)))
+    await asyncio.sleep(0.1)
+    assert not asked.done()
+    network.heal(one, other)
+    assert await asked == usual
+
+
+async def test_a_node_that_another_cannot_reach_at_all_is_an_error_within_seconds(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "UNREACHED_S", 0.3)
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    scene.swarm.network.cut(*(node.hop.peer for node in scene.swarm.nodes.values()))
+    with pytest.raises(PeerUnreachable):
+        await answer(client, prompt(8), SamplingOptions(max_tokens=4))
+    await scene.freed()
