@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Unpack
 
 import msgspec
@@ -12,7 +13,7 @@ import torch
 
 import bsns
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BsnsError
+from bsns.core.errors import BsnsError, PeerFailed, PeerTimedOut
 from bsns.core.plan import Objective
 from bsns.core.snapshot import ModelShape
 from bsns.model.shapes import block_bytes as block_bytes_of
@@ -39,6 +40,7 @@ from bsns.node.view import View
 from bsns.protocol.records import NodeRecord
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.swarm.records import with_links
+from bsns.transport.clock import Clock
 from bsns.worker.calibration import calibrate
 from bsns.worker.faults import FaultyWorker, worker_class
 from bsns.worker.service import Worker
@@ -56,6 +58,9 @@ HAND_OVER_S = 10.0
 """How long a node that leaves serves the sessions it has still."""
 LOOK_S = 2.0
 """How often a node looks whether its record is so out of date that others would choose wrongly."""
+TAKEN_S = 20.0
+AGAIN_S = 0.5
+"""How long a node that comes up tries to announce itself, and how often."""
 SPEED_CHANGE = 1.25
 """A node tells soon that it has become so many times slower or faster."""
 
@@ -119,7 +124,8 @@ class Server:
             follows=options.follows,
         )
         told(f"joining swarm {peer.membership.swarm[:8]} for blocks {blocks}")
-        await peer.directory.publish(record)  # others that choose now already count us
+        joining = partial(peer.directory.publish, record)
+        await taken(joining, peer.clock)  # others that choose now already count us
         told(
             f"loading blocks {blocks} of {source.name} ({sum(block_bytes[i] for i in blocks) / 2**20:.0f} MiB, {dtype})"
         )
@@ -145,7 +151,7 @@ class Server:
             worker.heed_signals()
         await peer.listen(worker.serve)
         server = cls(peer, worker, record)
-        await server.publish()
+        await taken(server.publish, peer.clock)
         if options.follows:
             server.follow(
                 room,
@@ -242,6 +248,24 @@ class Server:
                 continue
             self._changed.set()
             await asyncio.sleep(LOOK_S)
+
+
+async def taken(publish: Callable[[], Awaitable[None]], clock: Clock) -> None:
+    """Announce a node that comes up, again while nobody takes it: where all come up at once, others have no time yet.
+
+    Raises what the last attempt does, TAKEN_S after the first.
+    """
+    give_up_s = clock.now_s() + TAKEN_S
+    while True:
+        try:
+            await publish()
+        except (PeerFailed, PeerTimedOut) as error:
+            if clock.now_s() >= give_up_s:
+                raise
+            log.info("could not announce; trying again", reason=error.message)
+            await asyncio.sleep(AGAIN_S)
+        else:
+            return
 
 
 def _differs(now_s: float, said_s: float) -> bool:
