@@ -60,8 +60,43 @@ def test_a_stage_that_becomes_slow_is_left_though_its_steps_are_never_overdue() 
     assert picture(outcome).startswith(b"<?xml")
 
 
-def test_where_nothing_comes_the_user_is_told_in_time() -> None:
+def _in_pairs(*faults: Fault) -> Scenario:
+    """Three stages, of which each could be computed by a quicker node, 0, 2 or 4, or by a slower one."""
+    pairs = [
+        Nodes(count=1, blocks=blocks, block_ms=block_ms) for blocks in ("0:4", "4:8", "8:12") for block_ms in (2.0, 3.0)
+    ]
+    return Scenario(
+        duration_s=4.0,
+        model=Model(blocks=12),
+        nodes=tuple(pairs),
+        clients=Clients(answer_tokens=(100, 100)),
+        fault=faults,
+    )
 
+
+def test_a_stage_that_was_slow_before_the_answer_began_is_left() -> None:
+    """It is no slower than it was, but much slower than its node says."""
+    outcome = simulate(_in_pairs(Fault(at_s=0.0, kind="slow", node=2, factor=75.0, for_s=math.inf)))
+    assert outcome.problems == []
+    assert outcome.repairs >= 1
+    answer = outcome.answers[0]
+    assert len(answer.tokens) == 100
+    assert answer.ended_s - answer.asked_s < 10, "0.6 s a token would take a minute"
+
+
+def test_a_neighbour_that_freezes_while_a_stage_dies_does_not_hold_up_the_repair() -> None:
+    outcome = simulate(
+        _in_pairs(
+            Fault(at_s=1.0, kind="crash", node=2, for_s=60.0),
+            Fault(at_s=1.0, kind="freeze", node=4, for_s=60.0),
+        )
+    )
+    assert outcome.problems == []
+    assert [one.sessions for one in outcome.struck] == [1, 1]
+    assert outcome.answers[0].gap_s < 1.5, "the frozen one is asked whether it is there while the dead one is replaced"
+
+
+def test_where_nothing_comes_the_user_is_told_in_time() -> None:
     scenario = Scenario(
         duration_s=3.0,
         model=Model(blocks=2),

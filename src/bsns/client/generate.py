@@ -20,7 +20,7 @@ from bsns.client.repair import Repairs
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
 from bsns.client.spares import Spares
-from bsns.client.watch import Watch, patience_s
+from bsns.client.watch import patience_s
 from bsns.core.errors import (
     BadOption,
     BadTensor,
@@ -129,8 +129,7 @@ class Generator:
         )
         self._warm_spares = warm_spares
         self._spares = Spares(find_route, release, blame, self._send_rows)
-        self._repairs = Repairs(find_route, release, blame, self._feed, self._spares)
-        self._watch = Watch(self._links, self._repairs.lose, clock)
+        self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
         self._readers: dict[SessionId, Reader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -320,7 +319,7 @@ class Generator:
                     give_up_s = loop.time() + self._deadline_s  # part of a prompt came through: it goes on
             except TimeoutError:
                 if loop.time() < give_up_s:
-                    await self._watch.look(reader)
+                    await self._repairs.watch.look(reader)
                     continue
                 if reader.trouble is not None:
                     raise reader.trouble from None
@@ -402,7 +401,7 @@ class Generator:
         slow = reader.pace.turned(total_ms, [computing_ms for _, computing_ms in hops])
         if slow is None or reader.mending is not None or len(hops) != len(reader.session.route):
             return
-        reader.pace.rerouted()  # whether it is replaced or, for want of others, kept
+        reader.pace.rerouted(())  # whether it is replaced or, for want of others, kept
         peer = reader.session.route[slow].peer
         error = PeerSlow(f"node {peer} has become slow: it computes {hops[slow][1]:.0f} ms for a token")
         self._repairs.lose(reader, peer, error.about(peer))

@@ -1,4 +1,5 @@
-"""Pace: how long an answer's turns usually take, and which of its stages has become much slower than it was. Pure."""
+"""Pace: how long an answer's turns usually take, and which of its stages is much slower than it was, or than its node
+says. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ usual."""
 LATEST = 3
 """Turns in a row in which a stage has to be slow."""
 SLOW_MS = 300.0
-"""A stage that computes for less is left alone, however quick it was before."""
+"""A stage that computes for less is left alone, however quick it was before, or should be."""
 
 
 class _Usual:
@@ -48,14 +49,21 @@ class _Usual:
 class Pace:
     """One answer's pace."""
 
-    def __init__(self) -> None:
+    def __init__(self, says_ms: Sequence[float] = ()) -> None:
+        """`says_ms`: what each stage's node says that a token takes it, 0 where that is not known."""
         self._turns = _Usual()
         self._stages: list[_Usual] = []
+        self._says_ms = says_ms
 
     @property
     def usual_s(self) -> float:
-        """What a turn takes when nothing is wrong; 0 where that is not known yet."""
-        return self._turns.so_far / 1e3
+        """What a turn takes when nothing is wrong, no more than its nodes say; 0 where there has been none yet."""
+        return min(self._turns.so_far / 1e3, self.said_s or math.inf)
+
+    @property
+    def said_s(self) -> float:
+        """What the stages' nodes say that a token takes them; 0 where one of them says nothing."""
+        return sum(self._says_ms) / 1e3 if all(self._says_ms) else 0.0
 
     def turned(self, total_ms: float, computing_ms: Sequence[float]) -> int | None:
         """Take note of a turn and of how long each stage computed for it; the stage that straggles, if one does."""
@@ -65,10 +73,16 @@ class Pace:
         worst: tuple[float, int | None] = (SLOW_FACTOR, None)
         for number, (stage, took_ms) in enumerate(zip(self._stages, computing_ms, strict=True)):
             stage.add(took_ms)
-            if stage.now >= SLOW_MS and stage.now > worst[0] * stage.least:
-                worst = stage.now / max(stage.least, 1e-3), number
+            due_ms = min(stage.least, self._said_ms(number))
+            if stage.now >= SLOW_MS and stage.now > worst[0] * due_ms:
+                worst = stage.now / max(due_ms, 1e-3), number
         return worst[1]
 
-    def rerouted(self) -> None:
+    def rerouted(self, says_ms: Sequence[float]) -> None:
         """The stages are others: what they take has to be learnt anew."""
         self._stages = []
+        self._says_ms = says_ms
+
+    def _said_ms(self, stage: int) -> float:
+        said_ms = self._says_ms[stage] if stage < len(self._says_ms) else 0.0
+        return said_ms if said_ms > 0 else math.inf

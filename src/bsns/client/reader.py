@@ -48,7 +48,7 @@ class Reader:
         self.setbacks = 0
         """Repairs begun since something came through last."""
         self.progress = Progress()
-        self.pace = Pace()
+        self.pace = Pace([hop.says_ms for hop in session.route])
         self.deaf_since_s: float | None = None
         """Since when no stage has answered."""
         self.mending: asyncio.Task[None] | None = None

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Collection, Coroutine, Sequence
+from typing import Any, Protocol
 
 import structlog
 
 from bsns.client.finding import Blame, FindRoute, Release
+from bsns.client.links import Links
 from bsns.client.reader import Reader
 from bsns.client.spares import Spares
+from bsns.client.watch import Watch
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerFailed, PeerLeaving, PeerSlow, Remedy, SwarmError
 from bsns.core.ids import PeerId
 from bsns.routing.chain import Route
+from bsns.transport.clock import Clock
 
 log = structlog.get_logger(__name__)
 
-ATTEMPT_S = 3.0
-"""What a spare may take to open a session, and its neighbours to turn to it: then another is tried."""
+ATTEMPTS_S = (1.0, 2.0, 3.0)
+"""What a spare may take to open a session, and its neighbours to turn to it: then another is tried, which gets more."""
 WARM_S = 0.75
 """The same for a spare that is warm: it has to do no more than to answer."""
 AGAIN_S = 0.1
@@ -37,12 +40,22 @@ class Feed(Protocol):
 class Repairs:
     """Replaces the lost stages of a client's sessions."""
 
-    def __init__(self, find_route: FindRoute, release: Release, blame: Blame, feed: Feed, spares: Spares) -> None:
+    def __init__(
+        self,
+        find_route: FindRoute,
+        release: Release,
+        blame: Blame,
+        feed: Feed,
+        spares: Spares,
+        links: Links,
+        clock: Clock,
+    ) -> None:
         self._find_route = find_route
         self._release = release
         self._blame = blame
         self._feed = feed
         self._spares = spares
+        self.watch = Watch(links, self.lose, clock)
         self.made = 0
         """How many stages have been replaced."""
         self.made_warm = 0
@@ -112,9 +125,10 @@ class Repairs:
         staying = {hop.peer for hop in (*session.route[:start], *session.route[end:])}
         blocks = BlockRange(old[0].blocks.start, old[-1].blocks.end)
         reader.early.clear()
+        deadline_s = ATTEMPTS_S[min(reader.setbacks, len(ATTEMPTS_S) - 1)] if warm is None else WARM_S
+        replacing = session.replace(start, end, hops, passes_from=through, deadline_s=deadline_s, warm=warm)
         try:
-            deadline_s = ATTEMPT_S if warm is None else WARM_S
-            await session.replace(start, end, hops, passes_from=through, deadline_s=deadline_s, warm=warm)
+            await self._attempt(reader, replacing, staying)
         except BaseException as error:
             self._release(hops)
             if spare is not None:
@@ -128,8 +142,9 @@ class Repairs:
             if error.peer is not None and error.peer in staying and reader.setbacks:
                 reader.lost.setdefault(error.peer, error)
             reader.setbacks += 1
-            asked = {hop.peer for hop in hops}
-            unfit.update({error.peer} if error.peer in asked else asked)
+            if error.peer not in reader.lost.keys() & staying:
+                asked = {hop.peer for hop in hops}
+                unfit.update({error.peer} if error.peer in asked else asked)
             return
         self._release(old)
         for hop in old:
@@ -141,12 +156,33 @@ class Repairs:
                 reader.lost[hop.peer] = reader.early[hop.peer]
         reader.early.clear()
         self.made += 1
-        reader.pace.rerouted()
+        reader.pace.rerouted([hop.says_ms for hop in session.route])
         self.made_warm += spare is not None
         by = [hop.peer for hop in hops]
         log.info("a lost stage was replaced", blocks=str(blocks), by=by, again=through, warm=spare is not None)
         if start == 0:
             await self._feed(reader, again_from=min(through, spare.sent) if spare is not None else 0)
+
+    async def _attempt(self, reader: Reader, replacing: Coroutine[Any, Any, None], staying: Collection[PeerId]) -> None:
+        """Replace stages, and look meanwhile whether those that stay are there: whoever waits for one that is not
+        would wait in vain. Raises what replacing does, or how one of those is lost."""
+        known = set(reader.lost)
+        attempt = asyncio.create_task(replacing)
+        rest = asyncio.create_task(self.watch.look_at_rest(reader))
+        try:
+            await asyncio.wait((attempt, rest), return_when=asyncio.FIRST_COMPLETED)
+            gone = [error for peer, error in reader.lost.items() if peer in staying and peer not in known]
+            if gone and not attempt.done():
+                raise gone[0]
+            try:
+                await attempt
+            except BsnsError:
+                await rest
+                raise
+        finally:
+            attempt.cancel()
+            rest.cancel()
+            await asyncio.gather(attempt, rest, return_exceptions=True)
 
     async def _find_hops(self, reader: Reader, start: int, end: int, unfit: set[PeerId]) -> tuple[int, int, Route]:
         """Who takes the place of which stages. No node is on a route twice: where only a neighbour has the lost blocks,

@@ -35,26 +35,43 @@ class Watch:
         """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
         if reader.mending is not None:
             return
-        session, sent = reader.session, reader.sent
-        route = [link.peer for link in session.links]
-        answers = await asyncio.gather(*(self._ask(session.id, link) for link in session.links))
-        there = {peer: answer for peer, answer in zip(route, answers, strict=True) if isinstance(answer, There)}
+        sent = reader.sent
+        route = [hop.peer for hop in reader.session.route]
+        there, silent = await self._ask_all(reader)
         if reader.mending is not None or reader.through >= sent or await self._is_own_network(reader, len(there)):
             return
-        silent: dict[Link, BsnsError] = {
-            link: PeerTimedOut(f"node {link.peer} fell silent: {answer.message}").about(link.peer)
-            for link, answer in zip(session.links, answers, strict=True)
-            if isinstance(answer, BsnsError)
-        }
         if silent:
-            for link, error in silent.items():  # all at once, so that they are replaced together
-                self._lose(reader, link.peer, error)
-            await asyncio.gather(*(link.give_up(error) for link, error in silent.items()))
+            await self._lose_all(reader, silent)
             return
-        found = reader.progress.fault(sent, route, there, reader.pace.usual_s, self._clock.now_s())
+        usual_s = reader.pace.usual_s or (reader.pace.said_s if sent - reader.through == 1 else 0.0)
+        found = reader.progress.fault(sent, route, there, usual_s, self._clock.now_s())
         if found is not None:
             peer, error = found
             self._lose(reader, peer, error.about(peer))
+
+    async def look_at_rest(self, reader: Reader) -> None:
+        """While a stage is being replaced: ask the others whether they are there. Who is silent is lost too."""
+        there, silent = await self._ask_all(reader)
+        if silent and not await self._is_own_network(reader, len(there)):
+            await self._lose_all(reader, silent)
+
+    async def _ask_all(self, reader: Reader) -> tuple[dict[PeerId, There], dict[Link, BsnsError]]:
+        """What the stages that are not lost say, and who of them says nothing."""
+        id_, links = reader.session.id, [link for link in reader.session.links if link.peer not in reader.lost]
+        answers = await asyncio.gather(*(self._ask(id_, link) for link in links))
+        there: dict[PeerId, There] = {}
+        silent: dict[Link, BsnsError] = {}
+        for link, answer in zip(links, answers, strict=True):
+            if isinstance(answer, There):
+                there[link.peer] = answer
+            else:
+                silent[link] = PeerTimedOut(f"node {link.peer} fell silent: {answer.message}").about(link.peer)
+        return there, silent
+
+    async def _lose_all(self, reader: Reader, silent: dict[Link, BsnsError]) -> None:
+        for link, error in silent.items():  # all at once, so that they are replaced together
+            self._lose(reader, link.peer, error)
+        await asyncio.gather(*(link.give_up(error) for link, error in silent.items()))
 
     async def _ask(self, session: SessionId, link: Link) -> There | BsnsError:
         """How far a session has come on a stage, or why it does not say."""

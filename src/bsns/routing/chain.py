@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -41,6 +41,13 @@ class Hop:
     peer: PeerId
     blocks: BlockRange
     addresses: tuple[str, ...]
+    block_time_s: float = field(default=0.0, compare=False)
+    """What the node says that a block takes it for a token; 0 where that is not known."""
+
+    @property
+    def says_ms(self) -> float:
+        """What a token takes on its blocks by that."""
+        return 1e3 * self.block_time_s * len(self.blocks)
 
 
 Route = tuple[Hop, ...]
@@ -123,7 +130,9 @@ def best_chain(
             f"all blocks are served, but no chain covers 0:{block_count} with each node used once and at most "
             f"{MAX_DEPTH} nodes; add a node"
         )
-    return tuple(Hop(roomy[n].peer, BlockRange(start, end), roomy[n].addresses) for n, start, end in chain)
+    return tuple(
+        Hop(roomy[n].peer, BlockRange(start, end), roomy[n].addresses, roomy[n].block_time_s) for n, start, end in chain
+    )
 
 
 def best_detour(
@@ -155,8 +164,7 @@ def best_detour(
     except CacheFull:
         raise CacheFull(f"nobody else has room for {needed_tokens} tokens of cache on blocks {blocks}") from None
     return tuple(
-        Hop(hop.peer, BlockRange(hop.blocks.start + blocks.start, hop.blocks.end + blocks.start), hop.addresses)
-        for hop in route
+        replace(hop, blocks=BlockRange(hop.blocks.start + blocks.start, hop.blocks.end + blocks.start)) for hop in route
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import defaultdict
+import statistics
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,6 +54,8 @@ log = structlog.get_logger(__name__)
 
 SHORT_S = 0.05
 """Such batches are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
+MEASURED = 15
+"""Steps of a single token from which a node knows how fast it is: few, so that it says soon that it has become slow."""
 BUSY_S = 1.0
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
@@ -119,6 +122,15 @@ class Worker:
                 del self._clients[stream.peer]
                 for session in self.sessions.close_all_of(stream.peer):
                     self._free(session)
+
+    @property
+    def block_time_s(self) -> float:
+        """What a block takes for a single token: the median of what it took lately."""
+        return statistics.median(self._block_times_s)
+
+    @block_time_s.setter
+    def block_time_s(self, seconds: float) -> None:
+        self._block_times_s = deque([seconds] * (MEASURED // 2 + 1), maxlen=MEASURED)
 
     def description(self) -> Description:
         return Description(
@@ -324,7 +336,8 @@ class Worker:
         held = batch.works[0].session.held
         assert held is not None
         executor = self._executors[held]
-        expected_s = self.block_time_s * len(batch.blocks) * (1 + (batch.rows - 1) / ROWS_PER_BLOCK_TIME)
+        block_time_s = max(self.block_time_s, self._block_times_s[-1])  # a node that becomes slow shall not be deaf
+        expected_s = block_time_s * len(batch.blocks) * (1 + (batch.rows - 1) / ROWS_PER_BLOCK_TIME)
         if expected_s < self._short_s:
             self._finish(batch, self._run(executor, batch), self._now_s())
             return
@@ -368,8 +381,7 @@ class Worker:
         self.steps += 1
         self.rows += batch.rows
         if batch.rows == len(batch.works) == 1:
-            measured_s = (finished_s - started_s) / len(batch.blocks)
-            self.block_time_s += 0.05 * (measured_s - self.block_time_s)
+            self._block_times_s.append((finished_s - started_s) / len(batch.blocks))
         compute_ms = (finished_s - started_s) * 1e3
         groups: defaultdict[tuple[bool, PeerId], list[tuple[Work, memoryview]]] = defaultdict(list)
         for work, output in zip(batch.works, outputs, strict=True):

@@ -57,7 +57,23 @@ def test_a_stage_that_was_always_slow_is_left_alone() -> None:
 
 def test_other_stages_are_learnt_anew() -> None:
     pace = after(WINDOW)
-    pace.rerouted()
+    pace.rerouted(())
     for _ in range(WINDOW - 1):
         assert pace.turned(1300.0, [20.0, 1250.0, 15.0]) is None
     assert pace.turned(90.0, [*QUICK, 20.0]) is None
+
+
+def test_a_stage_that_was_slow_from_the_beginning_is_found_by_what_its_node_says() -> None:
+    pace = Pace([20.0, 0.0, 15.0])
+    slow = [1250.0, 1250.0, 15.0]  # of the second nobody knows how quick it should be
+    assert [pace.turned(2520.0, slow) for _ in range(LATEST)] == [None] * (LATEST - 1) + [0]
+    pace.rerouted(())  # it was kept
+    assert [pace.turned(2520.0, slow) for _ in range(20)] == [None] * 20
+
+
+def test_a_turn_takes_no_longer_than_the_nodes_say_though_it_always_did() -> None:
+    pace = Pace([20.0, 15.0])
+    assert (pace.usual_s, pace.said_s) == (0.0, pytest.approx(0.035))
+    pace.turned(1300.0, [640.0, 640.0])
+    assert pace.usual_s == pytest.approx(0.035)
+    assert Pace([20.0, 0.0]).said_s == 0.0

@@ -260,7 +260,7 @@ async def test_a_node_that_grows_slow_is_replaced_if_it_can_be(scene: Scene, wit
     snail = Snail(scene.stages[1], dtype="float32")
     worker = scene.swarm.nodes["a1"].worker
     worker._executors[snail.blocks] = snail
-    worker.block_time_s = 1.0  # so that it computes on its thread, as a slow node does
+    worker._short_s = 0.0  # so that it computes on its thread, as a slow node does
     stats = Stats()
     stream = scene.client().stream(prompt(9), GREEDY, stats)
     tokens = [(await anext(stream)).token for _ in range(36)]

@@ -323,7 +323,7 @@ async def test_a_spare_that_does_not_keep_up_is_given_up(scene: Scene, monkeypat
     await scene.start(*ALL)
     undisturbed = await answer(scene.client(warm=False), LONG, GREEDY)
     talk = await begun(scene, GREEDY, *ALL)
-    scene.worker("b1").block_time_s = 1.0  # so that it computes on its thread, as a slow node does
+    scene.worker("b1")._short_s = 0.0  # so that it computes on its thread, as a slow node does
     scene.snail("b1").delay_s = 0.5
     await talk.hear(20)
     await until(lambda: "b1" not in spares(talk.client))
