@@ -1,8 +1,9 @@
 """`bsns bench simulate`: what the simulator predicts for swarms of real processes on this machine, beside what they do.
 
 A profile is measured first: the blocks' time by the rows of a batch, in a process that does nothing else, and the
-client's turns; then what a hop costs beside its blocks, from one stream through the smaller swarm. With these numbers
-the simulator predicts both swarms at every number of streams. Real rounds take turns, and medians count.
+client's turns; then what a hop costs beside its blocks, from one stream through the smaller swarm, of which nothing is
+predicted therefore. With these numbers the simulator predicts both swarms at every number of streams. Real rounds take
+turns, and medians count.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from bsns.client.generate import Stats
 from bsns.client.sampling import SamplingOptions, sample
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import PeerId, SessionId
@@ -80,8 +80,6 @@ async def bench_simulation(model: str, *, quick: bool, told: Told) -> dict[str, 
             Client.on(swarm.peer, source, dtype=DTYPE) as client,
         ):
             await _speed(client, 1, 2.0)  # warm
-            if nodes == SWARMS[0]:
-                profile = replace(profile, overhead_ms=await _overhead_ms(client))
             speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}
             for turn in range(1 if quick else ROUNDS):
                 for streams in STREAMS:
@@ -89,6 +87,7 @@ async def bench_simulation(model: str, *, quick: bool, told: Told) -> dict[str, 
                     speeds[streams].append(await _speed(client, streams, SECONDS / 2 if quick else SECONDS))
             measured |= {(nodes, streams): statistics.median(found) for streams, found in speeds.items()}
     told("simulating")
+    profile = replace(profile, overhead_ms=_overhead_ms(profile, measured[SWARMS[0], 1], source.block_count))
     rows = []
     for (nodes, streams), real in measured.items():
         scenario = _scenario(source, profile, nodes, streams)
@@ -168,13 +167,9 @@ async def _speed(client: Client, streams: int, seconds: float) -> float:
     return len(times_s) / (max(times_s) - min(times_s))
 
 
-async def _overhead_ms(client: Client) -> float:
-    """What a hop costs beside its stage's computing: of one stream's turns, the median."""
-    stats = Stats()
-    prompt = client.tokens("the sea and the lighthouse " * 8, raw=True)[:PROMPT_TOKENS]
-    async for _ in client.generator.stream(prompt, SamplingOptions(max_tokens=TOKENS), stats):
-        pass
-    return statistics.median(stats.own_ms_per_hop())
+def _overhead_ms(profile: Profile, tokens_per_s: float, blocks: int) -> float:
+    """What a hop costs beside its blocks, by what one stream's tokens take in the smaller swarm."""
+    return max(0.0, 1e3 / tokens_per_s - profile.turn_ms - blocks * profile.block_ms) / SWARMS[0]
 
 
 def _profile(source: ModelSource) -> Profile:

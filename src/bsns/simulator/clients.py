@@ -17,7 +17,7 @@ from bsns.core.ids import PeerId
 from bsns.node.peer import Peer
 from bsns.node.view import View
 from bsns.routing.chain import Route, Wish
-from bsns.simulator.clock import Machine
+from bsns.simulator.clock import Machine, Process
 from bsns.simulator.model import DTYPE, VOCABULARY, HashEnds, expected_tokens
 from bsns.simulator.nodes import MODEL, Swarm
 
@@ -89,9 +89,12 @@ class SimulatedClient:
         self.swarm = swarm
         self.peer: Peer = swarm.peer()
         clients = scenario.clients
+        process = Process(machine)
+        if clients.machine:
+            swarm.network.processes[self.peer.id] = process
 
         def cost(rows: int) -> None:
-            swarm.loop.spend(machine, (clients.turn_ms + clients.row_ms * (rows - 1)) / 1e3)
+            swarm.loop.spend(process, (clients.turn_ms + clients.row_ms * (rows - 1)) / 1e3)
 
         wish = Wish(aim=clients.objective, hop_bytes=scenario.model.hidden_bytes)
         self.view = View(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ EPOCH_S = 1_800_000_000.0
 """The Unix time at which every simulation begins."""
 TICK_S = 1e-9
 """What happens within this time of each other happens at once."""
+FOLLOWS_S = 2 * TICK_S
+"""After this, whatever follows from what a process has just done has happened."""
 
 
 class Stalled(Exception):
@@ -23,14 +26,14 @@ class Stalled(Exception):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop without files, sockets or threads, whose time passes only while everybody waits.
 
-    What is run in an executor is run at once; its outcome comes when the machines that it used (`spend`) are through.
+    What is run in an executor is run at once; its outcome comes when what that takes on a machine (`spend`) is over.
     """
 
     def __init__(self) -> None:
         self._passed_s = 0.0
         super().__init__(_Jump(self))
         self._clock_resolution = TICK_S
-        self._jobs: list[tuple[Machine, float]] | None = None
+        self._jobs: list[tuple[Process, float]] | None = None
 
     def time(self) -> float:
         return self._passed_s
@@ -47,10 +50,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Let time pass."""
         self._passed_s += seconds
 
-    def spend(self, machine: Machine, seconds: float) -> None:
-        """Whatever runs now in an executor takes so long on a machine that has nothing else to do."""
+    def spend(self, process: Process, seconds: float) -> None:
+        """Whatever runs now in an executor takes a process so long on its machine."""
         if self._jobs is not None:
-            self._jobs.append((machine, seconds))
+            self._jobs.append((process, seconds))
 
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., T], *args: Any
@@ -65,8 +68,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
         def settle() -> None:
             if jobs:
-                machine, seconds = jobs.pop(0)
-                machine.run(seconds, settle)
+                process, seconds = jobs.pop(0)
+                process.run(seconds, settle)
             elif not future.done():
                 if isinstance(outcome, Exception):
                     future.set_exception(outcome)
@@ -113,47 +116,72 @@ def run(main: Callable[[VirtualLoop], Coroutine[Any, Any, T]]) -> T:
 
 
 class Machine:
-    """Cores that share what is to be computed: of more jobs than cores each gets its part."""
+    """Cores that processes take turns on: who comes while all are busy waits in line."""
 
     def __init__(self, loop: VirtualLoop, cores: int = 1) -> None:
-        self._loop = loop
-        self.cores = cores
-        self._left: dict[int, tuple[float, Callable[[], None]]] = {}
-        self._count = 0
-        self._since_s = 0.0
-        self._next: asyncio.TimerHandle | None = None
+        self.loop = loop
+        self._free = cores
+        self._line: deque[Process] = deque()
+
+    def enter(self, process: Process) -> None:
+        """Let a process have a core as soon as it is its turn."""
+        self._line.append(process)
+        self._serve()
+
+    def leave(self) -> None:
+        """A process needs its core no more."""
+        self._free += 1
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._free and self._line:
+            self._free -= 1
+            self._line.popleft().go()
+
+
+class Process:
+    """Does one thing at a time on a machine, and keeps its core as long as it has something to do."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._heard: list[Callable[[], None]] = []
+        self._jobs: deque[tuple[float, Callable[[], None]]] = deque()
+        self._present = False
+        """In line, or on a core."""
         self.busy_s = 0.0
         """Core seconds spent so far."""
 
+    def hear(self, then: Callable[[], None]) -> None:
+        """Call once the process has a core and computes nothing, before it computes again."""
+        self._heard.append(then)
+        self._enter()
+
     def run(self, seconds: float, then: Callable[[], None]) -> None:
         """Compute for so many core seconds, then call."""
-        self._pass()
-        self._count += 1
-        self._left[self._count] = (seconds, then)
-        self._plan()
+        self._jobs.append((seconds, then))
+        self._enter()
 
-    @property
-    def _rate(self) -> float:
-        return min(1.0, self.cores / len(self._left)) if self._left else 0.0
+    def _enter(self) -> None:
+        if not self._present:
+            self._present = True
+            self._machine.enter(self)
 
-    def _pass(self) -> None:
-        """Take off every job what has been computed since we looked last."""
-        done_s = (self._loop.time() - self._since_s) * self._rate
-        self._since_s = self._loop.time()
-        self.busy_s += done_s * len(self._left)
-        self._left = {job: (seconds - done_s, then) for job, (seconds, then) in self._left.items()}
+    def go(self) -> None:
+        """There is a core."""
+        loop = self._machine.loop
+        if self._heard:
+            heard, self._heard = self._heard, []
+            for then in heard:
+                then()
+            loop.call_later(FOLLOWS_S, self.go)
+        elif self._jobs:
+            seconds, then = self._jobs.popleft()
+            self.busy_s += seconds
+            loop.call_later(seconds, self._end, then)
+        else:
+            self._present = False
+            self._machine.leave()
 
-    def _plan(self) -> None:
-        if self._next is not None:
-            self._next.cancel()
-            self._next = None
-        if self._left:
-            least_s = min(seconds for seconds, _ in self._left.values())
-            self._next = self._loop.call_later(max(0.0, least_s) / self._rate, self._finish)
-
-    def _finish(self) -> None:
-        self._pass()
-        done = [job for job, (seconds, _) in self._left.items() if seconds <= TICK_S]
-        for then in [self._left.pop(job)[1] for job in done]:
-            then()
-        self._plan()
+    def _end(self, then: Callable[[], None]) -> None:
+        then()
+        self._machine.loop.call_later(FOLLOWS_S, self.go)

@@ -6,10 +6,11 @@ import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import PREFIX
-from bsns.simulator.clock import VirtualLoop
+from bsns.simulator.clock import Process, VirtualLoop
 from bsns.simulator.model import ROW_BYTES
 from bsns.transport.memory import MemoryNetwork, Pipe
 
@@ -42,6 +43,8 @@ class SimulatedNetwork(MemoryNetwork):
         self._rng = rng
         self._group: dict[PeerId, int] = {}
         self._free_s: dict[Pipe, float] = {}
+        self.processes: dict[PeerId, Process] = {}
+        """Of peers that share their machine, and hear nothing while they wait for a core."""
         self.bytes = 0
         self.frames = 0
         self.lost = 0
@@ -58,7 +61,11 @@ class SimulatedNetwork(MemoryNetwork):
         if way.loss and self._rng.random() < way.loss:
             self.lost += 1
             self._free_s[pipe] = sent_s = sent_s + RESEND_S + way.round_trip_s
-        self._loop.call_at(sent_s + way.round_trip_s / 2, pipe.arrive, data)
+        arrive = partial(pipe.arrive, data)
+        process = self.processes.get(pipe.receiver)
+        if process is not None:
+            arrive = partial(process.hear, arrive)
+        self._loop.call_at(sent_s + way.round_trip_s / 2, arrive)
 
     def carry_end(self, pipe: Pipe, lost: bool) -> None:
         delay_s = self._way(pipe.sender, pipe.receiver).round_trip_s / 2

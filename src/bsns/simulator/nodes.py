@@ -19,7 +19,7 @@ from bsns.node.peer import Peer
 from bsns.node.server import RECORD_LIFETIME_S, Server
 from bsns.planning.joining import choose_range
 from bsns.protocol.records import NodeRecord
-from bsns.simulator.clock import Machine, VirtualLoop
+from bsns.simulator.clock import Machine, Process, VirtualLoop
 from bsns.simulator.directory import Shelves, SimulatedDirectory
 from bsns.simulator.model import DTYPE, HIDDEN_SIZE, HashExecutor
 from bsns.simulator.network import SimulatedNetwork
@@ -85,7 +85,7 @@ class SimulatedNode:
         self.swarm = swarm
         self.number = number
         self.kind = kind
-        self.machine = machine
+        self.process = Process(machine)
         self.speed = speed
         self.stands = stands
         self.slowness = 1.0
@@ -129,6 +129,8 @@ class SimulatedNode:
         self.alive = True
         self.slowness = 1.0
         peer = swarm.peer()
+        if kind.machine:
+            swarm.network.processes[peer.id] = self.process
         present = await peer.directory.records()
         if kind.blocks != "auto":
             blocks = BlockRange.parse(kind.blocks, model.blocks)
@@ -215,12 +217,12 @@ class SimulatedNode:
 
     def _load_for_plan(self, blocks: BlockRange) -> HashExecutor:
         # on a machine of its own: a disk's work takes no core
-        self.swarm.loop.spend(Machine(self.swarm.loop), self.kind.load_s_per_block * len(blocks))
+        self.swarm.loop.spend(Process(Machine(self.swarm.loop)), self.kind.load_s_per_block * len(blocks))
         return self._load(blocks)
 
     def _cost(self, blocks: int, rows: int) -> None:
         compute_s = self.block_time_s * blocks * (1 + (rows - 1) / self.kind.rows_per_block)
-        self.swarm.loop.spend(self.machine, (compute_s + self.kind.overhead_ms / 1e3) * self.slowness)
+        self.swarm.loop.spend(self.process, (compute_s + self.kind.overhead_ms / 1e3) * self.slowness)
 
     async def leave(self) -> None:
         """Say goodbye, hand the sessions over, and end."""

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bsns.simulator.clock import Machine, Stalled, VirtualLoop, run
+from bsns.simulator.clock import Machine, Process, Stalled, VirtualLoop, run
 
 
 def test_time_passes_only_while_everybody_waits() -> None:
@@ -33,30 +33,55 @@ def test_whoever_waits_for_nothing_is_found_out() -> None:
         run(main)
 
 
-@pytest.mark.parametrize(("cores", "ends"), [(1, [3.0, 5.0, 6.0]), (2, [1.5, 2.5, 3.5]), (3, [1.0, 2.0, 3.0])])
-def test_jobs_share_a_machines_cores(cores: int, ends: list[float]) -> None:
-    async def main(loop: VirtualLoop) -> tuple[list[float], float]:
-        machine, ended = Machine(loop, cores), []
+@pytest.mark.parametrize(("cores", "ends"), [(1, [1.0, 3.0, 6.0]), (2, [1.0, 2.0, 4.0]), (3, [1.0, 2.0, 3.0])])
+def test_processes_take_turns_on_a_machines_cores(cores: int, ends: list[float]) -> None:
+    async def main(loop: VirtualLoop) -> list[float]:
+        machine = Machine(loop, cores)
+        processes, ended = [Process(machine) for _ in range(3)], []
 
-        async def job(seconds: float) -> None:
-            await asyncio.to_thread(loop.spend, machine, seconds)
+        async def job(process: Process, seconds: float) -> None:
+            await asyncio.to_thread(loop.spend, process, seconds)
+            assert process.busy_s == seconds
             ended.append(loop.time())
 
-        await asyncio.gather(*(job(seconds) for seconds in (1.0, 2.0, 3.0)))
-        return ended, machine.busy_s
+        await asyncio.gather(*map(job, processes, (1.0, 2.0, 3.0)))
+        return ended
 
-    ended, busy_s = run(main)
-    assert busy_s == pytest.approx(6.0)
-    if cores != 2:
-        assert ended == pytest.approx(ends)
-    else:  # three at two thirds until the first is done, then each has a core
-        assert ended == pytest.approx([1.5, 2.5, 3.5])
+    assert run(main) == pytest.approx(ends)
+
+
+def test_a_process_does_one_thing_at_a_time() -> None:
+    async def main(loop: VirtualLoop) -> list[float]:
+        process, ended = Process(Machine(loop, 2)), []
+
+        async def job(seconds: float) -> None:
+            await asyncio.to_thread(loop.spend, process, seconds)
+            ended.append(loop.time())
+
+        await asyncio.gather(job(1.0), job(2.0))
+        return ended
+
+    assert run(main) == pytest.approx([1.0, 3.0])
+
+
+def test_a_process_hears_nothing_while_it_waits_for_a_core_and_then_everything_before_it_computes() -> None:
+    async def main(loop: VirtualLoop) -> list[tuple[str, float]]:
+        machine, seen = Machine(loop), []
+        busy, other = Process(machine), Process(machine)
+        busy.run(1.0, lambda: seen.append(("computed", loop.time())))
+        loop.call_later(0.2, other.hear, lambda: other.run(0.5, lambda: seen.append(("answered", loop.time()))))
+        loop.call_later(0.7, other.hear, lambda: seen.append(("heard", loop.time())))
+        loop.call_later(1.2, other.hear, lambda: seen.append(("heard late", loop.time())))
+        await asyncio.sleep(3.0)
+        return [(what, round(at_s, 6)) for what, at_s in seen]
+
+    assert run(main) == [("computed", 1.0), ("heard", 1.0), ("answered", 1.5), ("heard late", 1.5)]
 
 
 def test_what_a_job_raises_reaches_who_waits_for_it() -> None:
     async def main(loop: VirtualLoop) -> None:
         def fail() -> None:
-            loop.spend(Machine(loop), 1.0)
+            loop.spend(Process(Machine(loop)), 1.0)
             raise ValueError("on purpose")
 
         with pytest.raises(ValueError, match="on purpose"):
