@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from bsns.client.links import Links
+from bsns.client.links import Link, Links
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, MissingBlocks
 from bsns.core.ids import ModelId, PeerId
@@ -30,6 +30,10 @@ RECORDS_FRESH_S = 2.0
 FRESH_S = 0.3
 """What is younger is not asked for again, even where it did not do."""
 ROUND_TRIP_FRESH_S = 30.0
+PINGS = 3
+PINGS_S = 0.05
+"""So often a node is pinged, while that takes no longer: on short ways a ping that waits for a batch looks like a long
+one, and routes would lead around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +233,18 @@ class View:
 
         async def ping(record: NodeRecord) -> None:
             try:
-                rtt_s = await (await links.to(record.peer, record.addresses)).ping()
+                rtt_s = await _quickest_s(await links.to(record.peer, record.addresses))
             except BsnsError:
                 self._round_trip_s[record.peer] = (None, now_s)
             else:
                 self._round_trip_s[record.peer] = (rtt_s, now_s)
 
         await asyncio.gather(*(ping(record) for record in due))
+
+
+async def _quickest_s(link: Link) -> float:
+    """A node's round trip: the least of several. Raises PeerTimedOut, PeerLost."""
+    times_s = [await link.ping()]
+    while len(times_s) < PINGS and sum(times_s) < PINGS_S:
+        times_s.append(await link.ping())
+    return min(times_s)
