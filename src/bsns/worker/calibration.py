@@ -24,6 +24,7 @@ CHUNK_ROWS = 128
 MAX_REPEATS = 9
 BUDGET_S = 0.3
 """What the repeats of each of the two figures may take; a warm-up and one run they take in any case."""
+RETIMED = 3
 LONG_S = 1.0
 """No run shall be expected to take longer: a slow node times a smaller chunk."""
 
@@ -53,6 +54,12 @@ def calibrate(executor: Executor, *, clock: Callable[[], float] = time.perf_coun
     block_time_s = _median_s(executor, 1, warm_s, clock)
     chunk_s = _median_s(executor, rows, _run_s(executor, first, rows, clock), clock)
     return Calibration(block_time_s, chunk_s / rows)
+
+
+def time_blocks(executor: Executor, clock: Callable[[], float]) -> list[float]:
+    """What an average block takes for one new token, a few times after a warm-up: in a node that serves already."""
+    _run_s(executor, executor.blocks, 1, clock)
+    return [_run_s(executor, executor.blocks, 1, clock) / len(executor.blocks) for _ in range(RETIMED)]
 
 
 def _median_s(executor: Executor, rows: int, expected_s: float, clock: Callable[[], float]) -> float:

@@ -44,6 +44,7 @@ from bsns.swarm.allowances import ProbeLimiter
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial, Stream
 from bsns.worker.batching import Batch, Batcher, Work
+from bsns.worker.calibration import time_blocks
 from bsns.worker.executor import Executor
 from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
@@ -59,6 +60,8 @@ MEASURED = 15
 BUSY_S = 1.0
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
+REST_S = 60.0
+"""A node that has computed nothing for so long measures how fast it is: nobody comes to one that says it is slow."""
 
 
 class Worker:
@@ -100,6 +103,7 @@ class Worker:
         self._short_s = short_s
         self._probes = ProbeLimiter()
         self._worked_s = -math.inf
+        self._measured_s = self._now_s()
         self.block_time_s = block_time_s
         self.steps = 0
         self.rows = 0
@@ -485,6 +489,28 @@ class Worker:
             await asyncio.sleep(SWEEP_S)
             for session in self.sessions.expire(self._now_s()):
                 self._free(session)
+            if not self._busy and self._now_s() - max(self._worked_s, self._measured_s) >= REST_S:
+                self._measure()
+
+    def _measure(self) -> None:
+        """Time a few steps of nobody's; steps that come meanwhile wait for them."""
+        executor = self._executors.get(self._blocks)
+        if executor is None:
+            return
+        self._busy = True
+
+        def finish(measuring: asyncio.Future[list[float]]) -> None:
+            if measuring.cancelled():
+                return
+            self._busy, self._measured_s = False, self._now_s()
+            if (error := measuring.exception()) is not None:
+                log.warning("a node could not measure itself", reason=repr(error))
+            else:
+                self._block_times_s.extend(measuring.result())
+            self._compute()
+
+        measuring = self._loop.run_in_executor(self._thread, time_blocks, executor, self._now_s)
+        measuring.add_done_callback(finish)
 
     def _spawn(self, coroutine: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = self._loop.create_task(coroutine)  # type: ignore[arg-type]

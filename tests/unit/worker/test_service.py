@@ -719,3 +719,17 @@ async def test_a_session_has_one_replay_at_a_time_and_none_when_it_is_closed(ben
     answered = await caller.ask(loop)
     assert isinstance(answered, Rerouted)
     assert answered.code == "BadFrame"
+
+
+async def test_a_node_at_rest_measures_itself_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody comes to a node that says it is slow, so that no step would ever show that it is not any more."""
+    monkeypatch.setattr("bsns.worker.service.SWEEP_S", 0.001)
+    monkeypatch.setattr("bsns.worker.service.REST_S", 0.01)
+    node = await bench.node("n")
+    node.worker.block_time_s = 1.0
+    await until(lambda: node.worker.block_time_s < 0.5)
+    assert node.worker.steps == 0
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node)), Opened)
+    await caller.step(0, 1)
+    assert np.array_equal((await caller.result())[1], hidden(0, 1) + 1)
