@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bsns.simulator.report import picture, report
-from bsns.simulator.scenario import Clients, Fault, Model, Nodes, Scenario
+from bsns.simulator.scenario import Clients, Fault, Model, Nodes, Scenario, Ways
 from bsns.simulator.world import simulate
 
 JOIN_S, LEAVE_S, SLOW_S, END_S = 70.0, 140.0, 210.0, 300.0
@@ -94,6 +94,21 @@ def test_a_neighbour_that_freezes_while_a_stage_dies_does_not_hold_up_the_repair
     assert outcome.problems == []
     assert [one.sessions for one in outcome.struck] == [1, 1]
     assert outcome.answers[0].gap_s < 1.5, "the frozen one is asked whether it is there while the dead one is replaced"
+
+
+def test_a_long_prompt_over_a_slow_way_is_nobodys_fault() -> None:
+    """A second and a half a chunk: longer than a stage may be silent, were it not for what is seen to leave."""
+    scenario = Scenario(
+        duration_s=3.0,
+        model=Model(blocks=12, hidden_bytes=4096, context_tokens=2048),
+        ways=Ways(round_trip_ms=20.0, mbit=2.8),
+        nodes=tuple(Nodes(count=2, blocks=blocks, block_ms=2.0, cache_tokens=4096) for blocks in ("0:6", "6:12")),
+        clients=Clients(prompt_tokens=(1024, 1024), answer_tokens=(10, 10)),
+    )
+    outcome = simulate(scenario)
+    assert outcome.problems == []
+    assert outcome.errors == {}
+    assert outcome.repairs == 0
 
 
 def test_where_nothing_comes_the_user_is_told_in_time() -> None:

@@ -23,6 +23,8 @@ class _Seen:
     given: int
     done: int
     since_s: float
+    taken: int
+    """Of the bytes that it was sent."""
 
 
 class Progress:
@@ -30,35 +32,49 @@ class Progress:
 
     def __init__(self) -> None:
         self._seen: dict[PeerId, _Seen] = {}
+        self._taken = -1
+        """Bytes that the last stage has sent and we have taken."""
 
     def clear(self) -> None:
         """Something has come through."""
         self._seen.clear()
 
     def fault(
-        self, sent: int, route: Sequence[PeerId], there: Mapping[PeerId, There], usual_s: float, now_s: float
+        self,
+        sent: int,
+        onward: tuple[int, int],
+        route: Sequence[PeerId],
+        there: Mapping[PeerId, There],
+        usual_s: float,
+        now_s: float,
     ) -> tuple[PeerId, BsnsError] | None:
-        """The first stage that is at fault, if one is by now. `sent`: tokens that the first has been sent.
+        """The first stage that is at fault, if one is by now. `sent`: tokens that the first has been sent, and `onward`
+        the bytes, as in There.
 
         `usual_s`: what a turn takes otherwise, 0 where that is not known.
         """
         still_s: dict[PeerId, float] = {}
+        moving: dict[PeerId, bool] = {}
+        """Whether what a stage is sent is on its way, over a slow one."""
         for peer in route:
             seen, now = self._seen.get(peer), there[peer]
             if seen is None or (seen.given, seen.done) != (now.given, now.done):
-                seen = self._seen[peer] = _Seen(now.given, now.done, now_s)
+                seen = self._seen[peer] = _Seen(now.given, now.done, now_s, seen.taken if seen is not None else -1)
             still_s[peer] = now_s - seen.since_s
+            moving[peer] = seen.taken < onward[1] < onward[0]
+            seen.taken, onward = onward[1], now.onward
+        coming, self._taken = self._taken < onward[1] < onward[0], onward[1]
         slow_s = max(SLOW_S, SLOW_FACTOR * usual_s) if usual_s > 0 else SLOW_AT_FIRST_S
         before = sent
         for peer in route:
             now = there[peer]
             if now.given < 0:
                 return peer, UnknownSession(f"node {peer} does not have the session any more")
-            if now.given < before and still_s[peer] >= LATE_S:
+            if now.given < before and still_s[peer] >= LATE_S and not moving[peer]:
                 return peer, PeerTimedOut(f"node {peer} does not get what it is sent")
             if now.done < now.given and still_s[peer] >= slow_s:
                 return peer, PeerSlow(f"node {peer} has computed nothing for {still_s[peer]:.1f} s")
             before = now.done
-        if before >= sent and min(still_s.values()) >= LATE_S:
+        if before >= sent and min(still_s.values()) >= LATE_S and not coming:
             return route[-1], PeerTimedOut(f"node {route[-1]} has computed the step, but its answer does not come")
         return None

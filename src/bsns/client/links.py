@@ -35,9 +35,12 @@ from bsns.protocol.inference import (
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
 from bsns.transport.clock import MACHINE_CLOCK, Clock
-from bsns.transport.port import Dial, Stream
+from bsns.transport.port import Dial, Sent, Stream
 
 log = structlog.get_logger(__name__)
+
+MOST_UNDERWAY_S = 20.0
+"""A question that has not arrived after so long is given up."""
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -132,6 +135,10 @@ class Link:
         self._descriptions.append(future)
         return await self._wait(future, Describe(), deadline_s)
 
+    def sent(self) -> Sent:
+        """How much the node was sent so far, and how much of it is on its way no more."""
+        return self._stream.sent()
+
     async def give_up(self, error: BsnsError) -> None:
         """Take the node for lost, though its stream is open, and end the stream."""
         if self.lost is None:
@@ -161,16 +168,25 @@ class Link:
     async def _wait(
         self, future: asyncio.Future[T], message: Message, deadline_s: float, buffers: Sequence[Buffer] = ()
     ) -> T:
+        """What a question's future brings. Its time has not begun while the question itself is still on its way: a slow
+        one, behind a long prompt say."""
         if self.lost is not None:
             raise self.lost
-        try:
-            async with asyncio.timeout(deadline_s):
-                await self._stream.send(message, buffers)
-                return await future
-        except TimeoutError:
-            raise PeerTimedOut(
-                f"node {self.peer} did not answer {type(message).__name__} within {deadline_s:g} s"
-            ) from None
+        ahead = self._stream.sent()
+        self._stream.post(message, buffers)
+        end = self._stream.sent().given if ahead.taken < ahead.given else 0
+        give_up_s = self._clock.now_s() + MOST_UNDERWAY_S
+        while True:
+            before = self._stream.sent().taken
+            try:
+                async with asyncio.timeout(deadline_s):
+                    return await asyncio.shield(future)
+            except TimeoutError:
+                pass
+            moves = before < end and self._stream.sent().taken > before
+            if not moves or self._clock.now_s() > give_up_s:
+                future.cancel()
+                raise PeerTimedOut(f"node {self.peer} did not answer {type(message).__name__} within {deadline_s:g} s")
 
     async def _read(self) -> None:
         try:

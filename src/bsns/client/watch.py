@@ -44,7 +44,7 @@ class Watch:
             await self._lose_all(reader, silent)
             return
         usual_s = reader.pace.usual_s or (reader.pace.said_s if sent - reader.through == 1 else 0.0)
-        found = reader.progress.fault(sent, route, there, usual_s, self._clock.now_s())
+        found = reader.progress.fault(sent, reader.session.first.sent(), route, there, usual_s, self._clock.now_s())
         if found is not None:
             peer, error = found
             self._lose(reader, peer, error.about(peer))

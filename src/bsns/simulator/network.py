@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class SimulatedNetwork(MemoryNetwork):
         if process is not None:
             arrive = partial(process.hear, arrive)
         self._loop.call_at(sent_s + way.round_trip_s / 2, arrive)
+
+    def underway(self, pipe: Pipe) -> int:
+        """What has not left the sender yet, as on the real network it would count."""
+        left_s = self._free_s.get(pipe, 0.0) - self._loop.time()
+        return math.ceil(left_s * self._way(pipe.sender, pipe.receiver).bytes_per_s / self._scale) if left_s > 0 else 0
 
     def carry_end(self, pipe: Pipe, lost: bool) -> None:
         delay_s = self._way(pipe.sender, pipe.receiver).round_trip_s / 2

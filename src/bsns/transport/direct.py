@@ -41,7 +41,8 @@ from bsns.protocol.frames import (
 )
 from bsns.protocol.greeting import DirectOffer
 from bsns.protocol.inference import Pong
-from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Take
+from bsns.transport.backlog import backlog
+from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Sent, Take
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +72,7 @@ class DirectStream(asyncio.Protocol):
         self._seal = AESGCM(key)
         self._out, self._in = (0, 1) if dialled else (1, 0)
         self._sent = 0
+        self._given = 0
         self._received = 0
         self._buffer = bytearray()
         self._frames: deque[tuple[Message, memoryview]] = deque()
@@ -108,7 +110,12 @@ class DirectStream(asyncio.Protocol):
         length = _LENGTH.pack(len(frame) + TAG_BYTES)
         sealed = self._seal.encrypt(_NONCE.pack(self._out, self._sent), frame, length)
         self._sent += 1
+        self._given += len(length) + len(sealed)
         transport.write(length + sealed)
+
+    def sent(self) -> Sent:
+        """See transport.port.Stream."""
+        return Sent(self._given, self._given - (backlog(self._transport) if self._transport is not None else 0))
 
     async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:
         """See transport.port.Stream. The frame was within the protocol's limits before it was opened."""

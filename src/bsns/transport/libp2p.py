@@ -28,8 +28,9 @@ from hivemind.utils.multiaddr import Multiaddr
 from bsns.core.errors import BadOption, BsnsError, NoSuchSwarm, PeerFailed, PeerLost, PeerUnreachable, PortInUse
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message, encode
+from bsns.transport.backlog import backlog
 from bsns.transport.framing import FrameReader
-from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Take
+from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Sent, Take
 
 PROTOCOL = "bsns/1"
 WRITE_BUFFER_BYTES = 1024 * 1024
@@ -78,6 +79,7 @@ class Libp2pStream:
         self._frames = FrameReader(reader, peer)
         self._writer = writer
         self._socket = writer.transport
+        self._given = 0
 
     @property
     def peer(self) -> PeerId:
@@ -97,7 +99,12 @@ class Libp2pStream:
         if self._socket.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._socket.abort()
             raise PeerLost(f"{self._peer} does not read what it is sent")
+        self._given += sum(memoryview(piece).nbytes for piece in pieces)
         self._writer.writelines(pieces)
+
+    def sent(self) -> Sent:
+        """See transport.port.Stream: what our own daemon has taken, which is all that can be seen."""
+        return Sent(self._given, self._given - backlog(self._socket))
 
     async def send_bytes(self, data: bytes) -> None:
         """Raw bytes in place of a frame: how tests play a hostile peer. Raises PeerLost."""

@@ -14,7 +14,7 @@ from bsns.core.errors import BsnsError, PeerLost, PeerUnreachable
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message, encode
 from bsns.transport.framing import FrameReader
-from bsns.transport.port import Handler, Take
+from bsns.transport.port import Handler, Sent, Take
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,19 @@ class Pipe:
         self._gate = _Gate()
         self._reader.set_transport(self._gate)
         self.frames = FrameReader(self._reader, sender)
+        self.given = 0
+        """Bytes so far."""
         self.closed = self.ended = False
         """Whether its sender may send no more, and whether its receiver knows that."""
 
     def feed(self, data: bytes) -> None:
         """Send."""
+        self.given += len(data)
         self._network.carry(self, data)
+
+    def sent(self) -> Sent:
+        """See transport.port.Stream."""
+        return Sent(self.given, self.given - self._network.underway(self))
 
     def arrive(self, data: bytes) -> None:
         """Take what has come over the network; what comes while the peers are silent is held back."""
@@ -118,6 +125,10 @@ class MemoryStream:
     def post(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Raises PeerLost or FrameTooLarge."""
         self._feed(b"".join(encode(message, buffers)))
+
+    def sent(self) -> Sent:
+        """See transport.port.Stream."""
+        return self._outbound.sent()
 
     async def send_bytes(self, data: bytes) -> None:
         """Raw bytes in place of a frame: how tests play a hostile peer. Raises PeerLost."""
@@ -253,6 +264,10 @@ class MemoryNetwork:
     def carry(self, pipe: Pipe, data: bytes) -> None:
         """Bring bytes to the other end of a pipe: here at once."""
         pipe.arrive(data)
+
+    def underway(self, pipe: Pipe) -> int:
+        """How many of a pipe's bytes have not been taken yet."""
+        return 0
 
     def carry_end(self, pipe: Pipe, lost: bool) -> None:
         """Bring the news that a pipe has ended, after all that was sent before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId
@@ -14,6 +14,14 @@ MAX_UNSENT_BYTES = 4 * MAX_BODY_BYTES
 Dial = Callable[[PeerId, Sequence[str]], Awaitable["Stream"]]
 """Opens a stream to a peer and greets it; raises PeerError or ProtocolError within a deadline of its own."""
 Take = Callable[[Message, list[memoryview]], None]
+
+
+class Sent(NamedTuple):
+    """Bytes: those given to a stream, and those of them that its other end's host has taken, as far as this one can
+    tell. So whoever waits for an answer over a slow way sees that it is on its way."""
+
+    given: int
+    taken: int
 
 
 class Stream(Protocol):
@@ -35,6 +43,10 @@ class Stream(Protocol):
 
         A peer that lets more than MAX_UNSENT_BYTES pile up is cut off. Raises PeerLost, FrameTooLarge.
         """
+        ...
+
+    def sent(self) -> Sent:
+        """How much this stream was given so far, and how much of it has gone."""
         ...
 
     async def receive(self, max_body_bytes: int | None = None) -> tuple[Message, list[memoryview]]:

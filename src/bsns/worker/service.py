@@ -201,8 +201,11 @@ class Worker:
             case Where():
                 session = self.sessions.get(message.session)
                 ours = session is not None and session.client == stream.peer
-                given, done = (session.end, session.done) if session is not None and ours else (-1, -1)
-                self._post(stream, There(message.session, given, done))
+                if session is None or not ours:
+                    there = There(message.session, -1, -1)
+                else:
+                    there = There(message.session, session.end, session.done, self._onward(stream, session))
+                self._post(stream, there)
             case Close():
                 if self.sessions.close(message.session, stream.peer):
                     self._free(message.session)
@@ -215,6 +218,10 @@ class Worker:
                 self._post(stream, Probed(message.nonce, self._probe_wait_s(stream.peer, buffers)))
             case _:
                 raise BadFrame(f"a stage does not take {type(message).__name__}")
+
+    def _onward(self, client: Stream, session: Session) -> tuple[int, int]:
+        """See There.onward."""
+        return self._relay.sent(session.next) if session.next is not None else client.sent()
 
     def _probe_wait_s(self, peer: PeerId, buffers: Sequence[memoryview]) -> float:
         """How long a peer must wait before we take its probe; 0 if it was taken. Raises BadFrame for a flood."""

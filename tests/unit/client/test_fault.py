@@ -18,7 +18,7 @@ def judged(*looks: Look, usual_s: float = 0.02) -> tuple[str, type[BsnsError]] |
     progress, found = Progress(), None
     for number, look in enumerate(looks):
         there = {peer: There(SessionId(1), *far) for peer, far in zip(ROUTE, look, strict=True)}
-        found = progress.fault(SENT, ROUTE, there, usual_s, 0.5 * number)
+        found = progress.fault(SENT, (0, 0), ROUTE, there, usual_s, 0.5 * number)
     return found and (found[0], type(found[1]))
 
 
@@ -51,3 +51,32 @@ def test_slow_is_ten_usual_turns_and_longer_where_nothing_is_usual() -> None:
     assert judged(*[slow] * 8, usual_s=0.3) == ("b", PeerSlow)
     assert judged(*[slow] * 16, usual_s=0.0) is None
     assert judged(*[slow] * 18, usual_s=0.0) == ("b", PeerSlow)
+
+
+def test_what_is_on_its_way_over_a_slow_one_is_not_late() -> None:
+    def judged_at(*onward: tuple[int, int]) -> tuple[PeerId, BsnsError] | None:
+        """The second stage lacks a chunk that the first has sent so far."""
+        progress, found = Progress(), None
+        for number, bytes_ in enumerate(onward):
+            there = {
+                peer: There(SessionId(1), *far, onward)
+                for peer, far, onward in zip(ROUTE, (ALL, (4, 4), (4, 4)), (bytes_, (0, 0), (0, 0)), strict=True)
+            }
+            found = progress.fault(SENT, (0, 0), ROUTE, there, 0.02, 0.5 * number)
+        return found
+
+    assert judged_at((900, 100), (900, 200), (900, 300)) is None
+    assert judged_at((900, 100), (1200, 100)) is not None, "it is only given more to send"
+    assert judged_at((900, 100), (900, 900), (900, 900)) is not None, "everything has arrived, says the host"
+
+
+def test_a_prompt_on_its_way_to_the_first_stage_and_rows_on_their_way_back_are_not_late() -> None:
+    far = {peer: There(SessionId(1), 4, 4) for peer in ROUTE}
+    progress = Progress()
+    assert progress.fault(SENT, (900, 100), ROUTE, far, 0.02, 0.0) is None
+    assert progress.fault(SENT, (900, 200), ROUTE, far, 0.02, 0.5) is None
+    assert progress.fault(SENT, (900, 200), ROUTE, far, 0.02, 1.0) is not None
+    progress = Progress()
+    for look, taken in enumerate((100, 200, 300)):
+        back = {peer: There(SessionId(1), 10, 10, (900, taken) if peer == "c" else (0, 0)) for peer in ROUTE}
+        assert progress.fault(SENT, (0, 0), ROUTE, back, 0.02, 0.5 * look) is None

@@ -8,7 +8,7 @@ from memory_swarm import Node, until
 from test_service import Bench, Caller, bench, hidden, opening
 
 from bsns.core.ids import PeerId, SessionId
-from bsns.protocol.inference import Close, Mirror, Mirrored, Opened, Reroute, Rerouted, There, Where
+from bsns.protocol.inference import Close, Mirror, Mirrored, Opened, Reroute, Rerouted
 
 __all__ = ["bench"]
 
@@ -56,11 +56,11 @@ async def test_a_spare_gets_what_the_next_stage_has_got_and_gets(line: Line) -> 
     await line.computed(4)
     await line.callers["first"].step(2, 1, wanted=1)  # what is computed anew is mirrored anew
     await line.computed(5)
-    assert await line.callers["spare"].ask(Where(SESSION)) == There(SESSION, 3, 3)
+    assert await line.callers["spare"].far(SESSION) == (3, 3)
     assert await line.mirror(None) == Mirrored(SESSION, None)
     await line.callers["first"].step(3, 1, wanted=1)
     await line.callers["second"].result()
-    assert await line.callers["spare"].ask(Where(SESSION)) == There(SESSION, 3, 3)
+    assert await line.callers["spare"].far(SESSION) == (3, 3)
     assert not line.nodes["first"].worker._replays
 
 

@@ -94,6 +94,12 @@ class Caller:
         async with asyncio.timeout(DEADLINE_S):
             return await self.stream.receive()
 
+    async def far(self, session: SessionId) -> tuple[int, int]:
+        """How far a session has come there."""
+        there = await self.ask(Where(session))
+        assert isinstance(there, There)
+        return there.given, there.done
+
     async def ask(self, message: Message, *buffers: bytes) -> Message:
         await self.say(message, *buffers)
         return (await self.hear())[0]
@@ -665,7 +671,7 @@ async def test_a_session_can_be_led_around_a_lost_stage(bench: Bench) -> None:
     result, rows = await callers["spare"].result()
     assert [(part.position, part.rows, part.wanted) for part in result.parts] == [(3, 2, 2)]
     assert np.array_equal(rows, hidden(3, 2) + 2)
-    assert await callers["spare"].ask(Where(SessionId(1))) == There(SessionId(1), 5, 5)
+    assert await callers["spare"].far(SessionId(1)) == (5, 5)
     await callers["first"].step(5, 1, wanted=1)
     _, rows = await callers["spare"].result()
     assert np.array_equal(rows, hidden(5, 1) + 2)
@@ -680,7 +686,7 @@ async def test_nobody_else_may_lead_a_session_around_or_ask_for_it(bench: Bench)
     answered = await stranger.ask(theft)
     assert isinstance(answered, Rerouted)
     assert answered.code == "UnknownSession"
-    assert await stranger.ask(Where(SessionId(1))) == There(SessionId(1), -1, -1)
+    assert await stranger.far(SessionId(1)) == (-1, -1)
     session = first.worker.sessions.get(SessionId(1))
     assert session is not None
     assert session.next == "second"
