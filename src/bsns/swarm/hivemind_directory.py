@@ -39,7 +39,9 @@ READ_DEADLINE_S = 8.0
 JOIN_DEADLINE_S = 5.0
 MAX_KNOWN = 64
 ASKED_AGAIN = 8
-"""How many peers are remembered, and how many of them are asked by one that has lost sight of all."""
+"""How many peers are remembered, and how many of them are greeted by one that has lost sight of all."""
+GREETING_S = 0.5
+"""How long it waits for them each time."""
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class HivemindDirectory:
         self._nodes, self._plans = node_shelf(membership), plan_shelf(membership)
         self._last_expiry_s = {self._nodes: 0.0, self._plans: 0.0}
         self._known: dict[PeerID, None] = {}
+        self._greetings: set[asyncio.Task[object]] = set()
         self._closed = False
 
     @classmethod
@@ -153,7 +156,10 @@ class HivemindDirectory:
             self._known = dict.fromkeys([*before, *met][-MAX_KNOWN:])
             return
         self._node.blacklist.clear()  # its bans end by the clock that may have been wrong
-        await asyncio.gather(*(protocol.call_ping(peer) for peer in [*self._known][-ASKED_AGAIN:]))
+        if not self._greetings:
+            self._greetings = {asyncio.create_task(protocol.call_ping(peer)) for peer in [*self._known][-ASKED_AGAIN:]}
+        if self._greetings:  # who takes longer to answer is met all the same
+            _, self._greetings = await asyncio.wait(self._greetings, timeout=GREETING_S)
 
     async def publish(self, record: NodeRecord) -> None:
         """Announce this node; its expiry is cut to our certificate's. Raises PeerFailed if nobody took the record."""
@@ -256,6 +262,8 @@ class HivemindDirectory:
         if self._closed:
             return
         self._closed = True
+        for greeting in self._greetings:
+            greeting.cancel()
         try:
             async with asyncio.timeout(RPC_DEADLINE_S):
                 await self._node.shutdown()

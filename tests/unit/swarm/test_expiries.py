@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from test_records import NOW_S, record_of
 
 from bsns.core.errors import PeerFailed
 from bsns.protocol.records import NodeRecord
+from bsns.swarm import hivemind_directory
 from bsns.swarm.hivemind_directory import ASKED_AGAIN, MAX_KNOWN, HivemindDirectory
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder
@@ -118,13 +120,35 @@ async def test_who_has_lost_sight_of_all_greets_those_it_knew() -> None:
     assert scene.node.pinged == []
     scene.node.met.clear()
     await scene.directory.records()
-    assert scene.node.pinged == peers[-ASKED_AGAIN:]
+    assert set(scene.node.pinged) == set(peers[-ASKED_AGAIN:])
     assert scene.node.bans_cleared == 1
     await scene.directory.publish(scene.record)
     assert len(scene.node.pinged) == 2 * ASKED_AGAIN
     scene.node.met.update(dict.fromkeys((f"other-{n}" for n in range(100)), 1))
     await scene.directory.records()
     assert len(scene.directory._known) == MAX_KNOWN
+
+
+async def test_nobody_waits_long_for_those_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    scene.node.met["peer"] = 1
+    await scene.directory.records()
+    scene.node.met.clear()
+    answers = asyncio.Event()
+
+    async def ping(peer: str) -> None:
+        scene.node.pinged.append(peer)
+        await answers.wait()
+
+    scene.node.protocol.call_ping = ping
+    monkeypatch.setattr(hivemind_directory, "GREETING_S", 0.01)
+    for _ in range(3):
+        await scene.directory.records()
+    assert scene.node.pinged == ["peer"], "it is asked once more before it has answered"
+    answers.set()
+    for _ in range(2):
+        await scene.directory.records()
+    assert scene.node.pinged == ["peer", "peer"]
 
 
 def _only_key(scene: Scene) -> DHTID:
