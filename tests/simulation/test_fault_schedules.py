@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bsns.simulator.report import report, to_json
-from bsns.simulator.scenario import parse_scenario
+from bsns.simulator.scenario import RANDOM_KINDS, parse_scenario
 from bsns.simulator.world import simulate
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,12 @@ SEEDS = [*range(1000, 1012)]
 
 @pytest.mark.parametrize("seed", [*FAILED_ONCE, *SEEDS])
 def test_nothing_hangs_lies_or_leaks(seed: int) -> None:
-    outcome = simulate(parse_scenario((SCENARIOS / "faults-50.toml").read_text(), seed=seed))
+    scenario = parse_scenario((SCENARIOS / "faults-50.toml").read_text(), seed=seed)
+    if seed in FAILED_ONCE:  # their schedules were drawn before clocks could jump
+        scenario = msgspec.structs.replace(
+            scenario, faults=msgspec.structs.replace(scenario.faults, kinds=RANDOM_KINDS)
+        )
+    outcome = simulate(scenario)
     assert outcome.problems == []
     assert all(answer.right for answer in outcome.answers)
     struck = [one for one in outcome.struck if one.sessions]

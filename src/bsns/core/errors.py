@@ -3,7 +3,7 @@
 BsnsError
 ├── UserError           tell the user      the input has to change
 │   ├── ModelNotFound · CorruptModel · UnsupportedModel
-│   ├── BadRange · BadOption · NotEnoughMemory · PortInUse
+│   ├── BadRange · BadOption · NotEnoughMemory · DiskFull · PortInUse
 │   ├── BadSnapshot · BadGraph
 │   ├── InviteInvalid · InviteExpired · WrongSwarm
 │   └── PromptTooLong
@@ -86,7 +86,11 @@ class BadOption(UserError):
 
 
 class NotEnoughMemory(UserError):
-    """Not even one block and its cache fit."""
+    """Not even one block and its cache fit, or what was to be loaded found no memory."""
+
+
+class DiskFull(UserError):
+    """A disk has no room for what has to be written."""
 
 
 class BadSnapshot(UserError):

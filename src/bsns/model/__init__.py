@@ -2,6 +2,7 @@
 
 source      what a user calls a model, as a directory on this disk
 gguf        GGUF files converted to such a directory, once
+failures    what libraries and the system raise, as typed errors
 checkpoint  what the headers of a checkpoint say (without torch)
 shapes      what planning has to know of a model
 families    where a family keeps its parts, for the few that differ

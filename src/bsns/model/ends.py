@@ -11,7 +11,7 @@ from bsns.core.errors import UnsupportedModel
 from bsns.model.attention import Ragged
 from bsns.model.families import family_of
 from bsns.model.linear import PackedLinear, can_pack
-from bsns.model.stage import load_config, load_cut
+from bsns.model.stage import let_go_of_file, load_config, load_cut
 from bsns.model.tensors import TORCH_DTYPES
 
 
@@ -19,12 +19,14 @@ class Ends:
     """Embedding, last norm and head of a model. May be called from several threads."""
 
     def __init__(self, path: Path, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
-        """Load the ends from a safetensors directory. Raises CorruptModel, UnsupportedModel."""
+        """Load the ends from a safetensors directory. Raises as `load_cut`."""
         self.dtype = TORCH_DTYPES[dtype]
         self.device = torch.device(device)
         config = load_config(path)
         family = family_of(config.model_type)
         model = load_cut(path, config, AutoModelForCausalLM, None, self.dtype, keep_ends=True).to(self.device)
+        if self.device.type == "cpu":
+            let_go_of_file(model)
         self.hidden_size = int(config.hidden_size)
         self.vocab_size = int(config.vocab_size)
         self._embedding = model.get_input_embeddings()

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bsns.core.errors import CorruptModel, ModelNotFound, NotEnoughMemory, UnsupportedModel
+from bsns.core.errors import CorruptModel, DiskFull, ModelNotFound, NotEnoughMemory, UnsupportedModel
+from bsns.model.failures import is_no_disk, is_no_memory
 
 Progress = Callable[[str, float | None], None]
 
@@ -126,7 +127,7 @@ def convert_gguf(file: Path, directory: Path, progress: Progress | None = None) 
     """Writes the model in `file`, dequantised to bfloat16, with its tokenizer into `directory`.
 
     Takes seconds for each 100 million weights, and the memory of the model in bfloat16 and of one tensor in float32.
-    Raises NotEnoughMemory, or UnsupportedModel with the converter's last words.
+    Raises NotEnoughMemory, DiskFull, or UnsupportedModel with the converter's last words.
     """
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bsns.model.gguf", str(file.absolute()), str(directory.absolute())]
@@ -149,14 +150,15 @@ def convert_gguf(file: Path, directory: Path, progress: Progress | None = None) 
         child.wait()
         said.seek(0)
         words = [line.strip() for line in said if line.strip()]
-    if child.returncode == -signal.SIGKILL:
+    last = words[-1] if words else f"status {child.returncode}"
+    if child.returncode == -signal.SIGKILL or (child.returncode and is_no_memory(last)):
         raise NotEnoughMemory(
             f"converting {file.name} was stopped, most likely for want of memory; free some and try again"
         )
-    if child.returncode != 0:
-        raise UnsupportedModel(
-            f"{file.name} cannot be converted: {words[-1] if words else f'status {child.returncode}'}"
-        )
+    if child.returncode and is_no_disk(last):
+        raise DiskFull(f"{directory.parent} has no room for {file.name} converted; free some of it, or set BSNS_CACHE")
+    if child.returncode:
+        raise UnsupportedModel(f"{file.name} cannot be converted: {last}")
 
 
 def _report(doing: str, done: float | None) -> None:

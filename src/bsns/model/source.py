@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bsns.core.errors import CorruptModel, ModelNotFound
+from bsns.core.errors import CorruptModel, DiskFull, ModelNotFound
 from bsns.core.ids import ModelId
 from bsns.model.checkpoint import Checkpoint, read_checkpoint
+from bsns.model.failures import is_no_disk
 from bsns.model.gguf import check_gguf, convert_gguf
 
 Progress = Callable[[str, float | None], None]
@@ -67,8 +68,8 @@ class ModelSource:
 def resolve(model: str, *, progress: Progress | None = None) -> ModelSource:
     """The model that a user named: `smollm2-135m`, a safetensors directory, a GGUF file or a hub id `org/name`.
 
-    A GGUF file is converted the first time, and kept in the cache (`cache_dir`). Raises ModelNotFound, CorruptModel
-    or UnsupportedModel.
+    A GGUF file is converted the first time, and kept in the cache (`cache_dir`). Raises ModelNotFound, CorruptModel,
+    UnsupportedModel, NotEnoughMemory or DiskFull.
     """
     path = Path(model).expanduser()
     if model == SMOLLM2:
@@ -138,6 +139,8 @@ def _downloaded(hub_id: str, progress: Progress | None) -> Path:
             f"the Hugging Face hub has no model {hub_id}, or it needs a login (hf auth login)"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        if is_no_disk(error):
+            raise DiskFull(f"the disk has no room for {hub_id}; free some of it, or set HF_HOME to another") from error
         # OSError is what the hub's HTTP client raises where there is no network.
         raise ModelNotFound(
             f"{hub_id} is not on this machine and cannot be fetched now ({type(error).__name__}); "
@@ -154,11 +157,19 @@ def _converted(file: Path, progress: Progress | None) -> Path:
         return target
     try:
         store.mkdir(parents=True, exist_ok=True)
+        _convert_into(target, file, progress)
     except OSError as error:
-        raise ModelNotFound(f"the cache {store} cannot be made ({error.strerror}); set BSNS_CACHE") from error
+        if is_no_disk(error):
+            raise DiskFull(f"the cache {store} has no room; free some of its disk, or set BSNS_CACHE") from error
+        raise ModelNotFound(f"the cache {store} cannot be written ({error.strerror}); set BSNS_CACHE") from error
+    return target
+
+
+def _convert_into(target: Path, file: Path, progress: Progress | None) -> None:
+    store = target.parent
     with _lock(store / f"{target.name}.lock", progress):
         if _usable(target):
-            return target
+            return
         for stale in (target, *store.glob(f"{target.name}.*.partial")):
             shutil.rmtree(stale, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=store))
@@ -169,7 +180,6 @@ def _converted(file: Path, progress: Progress | None) -> Path:
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def _usable(directory: Path) -> bool:

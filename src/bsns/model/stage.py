@@ -25,6 +25,7 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadRange, CorruptModel, UnsupportedModel
 from bsns.model import attention
 from bsns.model.attention import KVCache, Ragged, Segment
+from bsns.model.failures import failure, first_line, is_no_memory
 from bsns.model.families import Family, family_of
 from bsns.model.linear import can_pack, pack_linears
 from bsns.model.tensors import TORCH_DTYPES
@@ -36,8 +37,8 @@ class Stage:
     def __init__(self, path: Path, blocks: BlockRange, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
         """Load the range from a safetensors directory.
 
-        Raises BadRange, CorruptModel, and UnsupportedModel for an architecture that would compute something else
-        when it is cut.
+        Raises BadRange, CorruptModel, NotEnoughMemory, DiskFull, and UnsupportedModel for an architecture that would
+        compute something else when it is cut.
         """
         self.blocks = blocks
         self.dtype = TORCH_DTYPES[dtype]
@@ -52,15 +53,25 @@ class Stage:
         self._layers: nn.ModuleList = getattr(self._base, family.layers)
         self._views: dict[BlockRange, LayerView] = {blocks: LayerView(self._layers)}
         self._bypass = bypassed_layers(config, AutoModel, family)
-        self._base.to(self.device)
         # of four dimensions, so that the library takes it for finished and builds none; our attention ignores it
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
-        if can_pack(self.device, self.dtype):
-            for index in blocks:
+        try:
+            self._place()
+            self._check()
+        except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU's memory
+            if not is_no_memory(error):
+                raise
+            raise failure(error, path) from error
+
+    def _place(self) -> None:
+        """Bring the weights to where they are computed with."""
+        self._base.to(self.device)
+        if self.device.type != "cpu":
+            return
+        for index in self.blocks:
+            if can_pack(self.device, self.dtype):
                 pack_linears(self._layers[index])
-                for parameter in self._layers[index].parameters():
-                    parameter.data = parameter.data.clone()  # the last to hold on to the mapped checkpoint
-        self._check()
+            let_go_of_file(self._layers[index])
 
     @torch.inference_mode()
     def run(
@@ -126,7 +137,7 @@ def load_config(path: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise CorruptModel(f"{path}/config.json cannot be read: {_first_line(error)}") from error
+        raise CorruptModel(f"{path}/config.json cannot be read: {first_line(error)}") from error
     if not getattr(config, "num_hidden_layers", None) or not getattr(config, "hidden_size", None):
         raise UnsupportedModel(f"model type {config.model_type!r} is not a row of decoder blocks")
     config._attn_implementation = attention.NAME
@@ -138,7 +149,7 @@ def load_cut(
 ) -> PreTrainedModel:
     """The library's model with weights only for `blocks` (and the ends, if kept).
 
-    `auto` is AutoModel or AutoModelForCausalLM. Raises CorruptModel, UnsupportedModel.
+    `auto` is AutoModel or AutoModelForCausalLM. Raises CorruptModel, UnsupportedModel, NotEnoughMemory, DiskFull.
     """
     family = family_of(config.model_type)
     whole = model_class(config, auto)
@@ -163,12 +174,21 @@ def load_cut(
             raise UnsupportedModel(f"{whole.__name__} does not use the library's attention interface") from error
         raise CorruptModel(f"{path} cannot be loaded: no {error}") from error
     except Exception as error:  # the library raises whatever its readers raise
-        raise CorruptModel(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise failure(error, path) from error
     if report["missing_keys"] or report["mismatched_keys"]:
         missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise CorruptModel(f"{path} lacks {len(missing)} tensors of this architecture, first {missing[0]}")
     model.eval()
     return model
+
+
+def let_go_of_file(module: nn.Module) -> None:
+    """Copy what the weights of a CPU's module hold: they are the checkpoint's file itself, mapped.
+
+    Whoever overwrites or cuts the file would change what we compute, or end the process by SIGBUS.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def model_class(config: PreTrainedConfig, auto: Any) -> type[PreTrainedModel]:
@@ -244,10 +264,6 @@ class NoPositions(nn.Module):
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         return torch.zeros((), device=position_ids.device)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 _quieting = threading.Lock()

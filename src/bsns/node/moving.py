@@ -4,6 +4,9 @@ It loads its new range before it drops the old one, and serves both meanwhile. T
 every block of it is held by nodes that the plan wants there, and is dropped when its last session has ended. Where both
 do not fit the memory at once, the order is the other way round, but on the same condition; until it holds, the node
 stays where it is. A node that the plan leaves out stays too: its range remains a spare that routes may use.
+
+Where a range cannot be loaded, the node keeps what it holds, and tries again after a while, which doubles each time. If
+it had to drop what it held, it loads that again.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 import structlog
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BsnsError
+from bsns.core.errors import BsnsError, NotEnoughMemory
 from bsns.core.ids import PeerId
 from bsns.node.capacity import Room
 from bsns.protocol.plans import PlanRecord
@@ -29,10 +33,23 @@ from bsns.worker.service import Worker
 log = structlog.get_logger(__name__)
 
 DRAIN_S = 1.0
-"""How often a node that waits for the last session on an old range looks again."""
+"""How often a node that waits for the last session on an old range, or to load once more, looks again."""
+RETRY_S = 2.0
+MOST_RETRY_S = 300.0
+"""How long a node waits before it loads a range again that could not be loaded: at first, and at most."""
 
 Load = Callable[[BlockRange], Executor]
-"""Loads a range and says how to compute it; takes seconds, and is called on a thread."""
+"""Loads a range and says how to compute it; takes seconds, and is called on a thread. Raises what reading raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setback:
+    """Why a range could not be loaded."""
+
+    reason: str
+    wait_s: float
+    again_s: float
+    """When to try again, on the monotonic clock."""
 
 
 class Mover:
@@ -59,6 +76,11 @@ class Mover:
         self._read_s = self._announced_s = -math.inf
         self._news = asyncio.Event()
         self._stuck: BlockRange | None = None
+        self._setbacks: dict[BlockRange, Setback] = {}
+        self._trouble = ""
+        self._dropped: BlockRange | None = None
+        self.coming: BlockRange | None = None
+        """What it is to hold next, while it takes no sessions."""
         self.moves = 0
         """Ranges loaded because a plan said so."""
 
@@ -71,30 +93,35 @@ class Mover:
         """Follow until cancelled."""
         while True:
             try:
-                async with asyncio.timeout(DRAIN_S if len(self._worker.sessions.ranges) > 1 else None):
+                waits = len(self._worker.sessions.ranges) != 1 or self._setbacks
+                async with asyncio.timeout(DRAIN_S if waits else None):
                     await self._news.wait()
             except TimeoutError:
                 pass  # sessions may have ended meanwhile
             self._news.clear()
             try:
                 await self.step()
+                self._trouble = ""
             except BsnsError as error:
-                log.warning("could not follow the plan; trying again", reason=error.message)
-            except Exception:
-                log.exception("could not follow the plan; trying again")
+                self._tell_trouble(error.message)
+            except Exception as error:  # noqa: BLE001  a node that no longer follows would be lost to planning
+                self._tell_trouble(repr(error), error)
 
     async def step(self) -> None:
         """Take the next step towards the plan, if there is one to take."""
-        plan = self._plan
-        if plan is None or not plan.version:
-            return
         sessions = self._worker.sessions
-        target = range_of(plan, self._me)
-        if target is not None and target not in sessions.ranges:
-            await self._take_up(target)
-            return
-        kept = target or next(iter(sessions.ranges), None)
-        if kept is None:
+        if self._announced_s == math.inf:
+            await self._tell()
+        plan = self._plan if self._plan is not None and self._plan.version else None
+        target = range_of(plan, self._me) if plan is not None else None
+        # whatever the plan says: a node that holds nothing is of use to nobody
+        wanted = (target,) if sessions.ranges else (target, self._dropped)
+        for blocks in wanted:
+            if blocks is not None and blocks not in sessions.ranges and not self._rests(blocks):
+                await self._take_up(blocks)
+                return
+        kept = target if target in sessions.ranges else next(iter(sessions.ranges), None)
+        if plan is None or kept is None:
             return
         if sessions.open_ranges[:1] != (kept,):
             self._worker.prefer(kept)
@@ -104,8 +131,15 @@ class Mover:
             await self._let_go(blocks, kept)
 
     async def _tell(self) -> None:
+        self._announced_s = math.inf  # until it is heard nothing is dropped: others count on what we said before
         await self._announce()
         self._announced_s = self._clock.now_s()
+
+    def _tell_trouble(self, reason: str, unforeseen: Exception | None = None) -> None:
+        """Log a failure once, not at every step."""
+        if reason != self._trouble:
+            log.warning("could not follow the plan; trying again", reason=reason, exc_info=unforeseen)
+        self._trouble = reason
 
     async def _take_up(self, target: BlockRange) -> None:
         sessions = self._worker.sessions
@@ -119,14 +153,22 @@ class Mover:
             if sessions.ranges:
                 return
             promise = self._room.cache_tokens((target,), sessions.reserved)
-            if promise is None:
-                return  # whatever the plan says, it does not fit
+            if promise is None:  # whatever the plan says
+                self._set_back(target, NotEnoughMemory(f"blocks {target} do not fit the memory beside their cache"))
+                return
+        if not sessions.ranges and self.coming != target:
+            self.coming = target
+            await self._tell()
         log.info("loading blocks for the plan", blocks=str(target), beside=[str(held) for held in sessions.ranges])
         promised = sessions.cache_tokens
         if sessions.ranges:  # before the load, which takes seconds in which sessions open
             sessions.resize(min(promise, promised))
         try:
             executor = await asyncio.to_thread(self._load, target)
+        except Exception as error:  # noqa: BLE001  a file, a disk, the memory, a library: the node goes on
+            sessions.resize(promised)
+            self._set_back(target, error)
+            return
         except BaseException:
             sessions.resize(promised)
             raise
@@ -134,8 +176,30 @@ class Mover:
             sessions.resize(promise)
         self._worker.take_on(executor)
         self.moves += 1
-        self._stuck = None
+        self._stuck = self.coming = None
+        self._setbacks.pop(target, None)
         await self._tell()
+
+    def _rests(self, blocks: BlockRange) -> bool:
+        """Whether it is too early to load a range again that could not be loaded."""
+        known = self._setbacks.get(blocks)
+        return known is not None and self._clock.now_s() < known.again_s
+
+    def _set_back(self, blocks: BlockRange, error: Exception) -> None:
+        """Wait before the range is loaded again, longer each time; say so once for each reason."""
+        known, typed = self._setbacks.get(blocks), isinstance(error, BsnsError)
+        reason = str(error) if typed else f"{type(error).__name__}: {error}"
+        if known is None or known.reason != reason:
+            log.warning(
+                "could not load blocks; going on with what is held, and trying again",
+                blocks=str(blocks),
+                held=[str(held) for held in self._worker.sessions.ranges],
+                reason=reason,
+                exc_info=None if typed else error,
+            )
+        wait_s = min(MOST_RETRY_S, 2 * known.wait_s) if known is not None else RETRY_S
+        self._setbacks[blocks] = Setback(reason, wait_s, self._clock.now_s() + wait_s)
+        self._news.set()  # where nothing is held now, what was held before is loaded next
 
     async def _make_way(self, target: BlockRange) -> None:
         """Drop what we hold to have room for the target, where others hold it as planned and no session runs on it."""
@@ -152,6 +216,7 @@ class Mover:
                 sessions.reopen(held)
                 await self._tell()
             return
+        self.coming = target
         for held in sessions.ranges:
             await self._let_go(held)
 
@@ -169,6 +234,7 @@ class Mover:
             sessions.drain(blocks)
             await self._tell()
         elif self._worker.drop(blocks):
+            self._dropped = blocks
             log.info("dropped blocks", blocks=str(blocks))
             if sessions.ranges:
                 sessions.resize(self._room.cache_tokens(sessions.ranges) or sessions.cache_tokens)

@@ -138,14 +138,16 @@ class Orchestrator:
         """Govern and obey until cancelled."""
         try:
             while True:
+                least_s = self.election.step_s  # of who fails at once, as when our clock is wrong and all refuse us
                 try:
                     await self.look()
                     self._tell_trouble("")
+                    least_s = LEAST_WAIT_S
                 except BsnsError as error:
                     self._tell_trouble(error.message)
                 except Exception:
                     log.exception("a turn of the orchestrator failed; trying again")
-                wait_s = min(max(self.election.wake_s - self._clock(), LEAST_WAIT_S), self.election.renew_s)
+                wait_s = min(max(self.election.wake_s - self._clock(), least_s), self.election.renew_s)
                 if self._search is not None and not self._search.done():
                     await asyncio.wait([self._search], timeout=wait_s)
                 else:
@@ -164,6 +166,9 @@ class Orchestrator:
         records = (await self._directory.records()).of(shape.model, shape.dtype, shape.block_count)
         plans = [plan for plan in await self._directory.plans() if self._ours(plan)]
         now_s = self._clock()
+        last = self._reign.plan
+        if last is not None and last.expires_s > now_s + 2 * self.election.lease_s:
+            self._reign = Reign()  # it was made while our clock was wrong: nobody else has heard of its term
         try:
             for action in self.election.handle(Seen([lease_of(plan) for plan in plans], records.draws), now_s):
                 match action:
@@ -234,7 +239,7 @@ class Orchestrator:
 
     async def _govern(self, records: Sequence[NodeRecord]) -> None:
         """Look for a better plan once in a lease's time if the swarm has changed, and publish one that is worth it."""
-        now_s = self._clock()
+        now_s, passed_s = self._clock(), self._now_s()
         if self._search is not None and self._search.done():
             search, self._search = self._search, None
             proposal = search.result()
@@ -249,12 +254,14 @@ class Orchestrator:
             self._governed = self.election.term
             held = [blocks for record in records if record.state == "serving" for blocks in record.ranges]
             if not missing_blocks(held, self._shape.block_count):
-                self._planned_s = now_s  # nothing is urgent: whoever has just come up answers its first requests first
+                self._planned_s = (
+                    passed_s  # nothing is urgent: whoever has just come up answers its first requests first
+                )
         looks = (plan.term, plan.version) if plan is not None else (), *(_look_of(record) for record in records)
         quiet = looks == self._planned_for and plan is not None and plan.version > 0
         wait_s = self.election.lease_s * (QUIET_LEASES if quiet else 1)
-        if self._search is None and now_s - self._planned_s >= wait_s:
-            self._planned_s, self._planned_for = now_s, looks
+        if self._search is None and passed_s - self._planned_s >= wait_s:
+            self._planned_s, self._planned_for = passed_s, looks
             self._search = asyncio.create_task(asyncio.to_thread(self._propose, records, now_s))
 
     def _propose(self, records: Sequence[NodeRecord], now_s: float) -> Proposal | None:

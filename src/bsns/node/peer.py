@@ -91,7 +91,7 @@ class Peer:
     async def dial(self, peer: PeerId, addresses: Sequence[str] = ()) -> Stream:
         """A greeted stream to another member. Raises PeerError or ProtocolError within seconds."""
         stream = await self.transport.dial(peer, addresses)
-        offer = await introduce(stream, self.membership, GREETING_S)
+        offer = await introduce(stream, self.membership, GREETING_S, self.clock.unix_s)
         if offer is None:
             return stream
         try:
@@ -107,7 +107,7 @@ class Peer:
 
         async def guarded(stream: Stream) -> None:
             try:
-                await admit(stream, self.membership, GREETING_S, offer=self._direct.offer)
+                await admit(stream, self.membership, GREETING_S, self.clock.unix_s, self._direct.offer)
             except BsnsError as error:
                 log.info("refused a stream", peer=stream.peer, error=error.code, reason=error.message)
                 return

@@ -183,9 +183,9 @@ class Server:
         """Announce the node as it is now."""
         async with self._publishing:
             links = self.prober.links()
-            self.record = with_links(
-                _renewed(self.record, self.worker, self.peer.clock.unix_s()), links, self.peer.membership
-            )
+            coming = self.mover.coming if self.mover is not None else None
+            renewed = _renewed(self.record, self.worker, self.peer.clock.unix_s(), coming)
+            self.record = with_links(renewed, links, self.peer.membership)
             await self.peer.directory.publish(self.record)
             self.prober.published(links)
 
@@ -223,7 +223,7 @@ class Server:
             log.info("goodbye was not heard; the record will expire", reason=str(error))
 
     async def _announce(self) -> None:
-        published_s = self.peer.clock.now_s()
+        published_s, trouble = self.peer.clock.now_s(), ""
         while True:
             try:
                 async with asyncio.timeout(LOOK_S):
@@ -240,11 +240,13 @@ class Server:
             try:
                 await self.publish()
             except BsnsError as error:
-                log.warning("could not announce; trying again", reason=error.message)
+                if error.code != trouble:
+                    log.warning("could not announce; trying again", reason=error.message)
+                trouble = error.code
             except Exception:
                 log.exception("could not announce; trying again")  # a node that falls silent here is lost to all
             else:
-                published_s = self.peer.clock.now_s()
+                published_s, trouble = self.peer.clock.now_s(), ""
                 continue
             self._changed.set()
             await asyncio.sleep(LOOK_S)
@@ -273,13 +275,14 @@ def _differs(now_s: float, said_s: float) -> bool:
     return not said_s / SPEED_CHANGE <= now_s <= said_s * SPEED_CHANGE
 
 
-def _renewed(record: NodeRecord, worker: Worker, now_s: float) -> NodeRecord:
+def _renewed(record: NodeRecord, worker: Worker, now_s: float, coming: BlockRange | None = None) -> NodeRecord:
     """The record with the worker's present numbers, at `now_s` (Unix time).
 
-    `serving` is what takes new sessions, if anything does.
+    `serving` is what takes new sessions, if anything does; where nothing does, the node is `joining` for what is
+    `coming`.
     """
     now, sessions = worker.description(), worker.sessions
-    first, *others = sessions.open_ranges or (record.blocks,)
+    first, *others = sessions.open_ranges or (coming or record.blocks,)
     return msgspec.structs.replace(
         record,
         state="serving" if sessions.open_ranges else "joining",
@@ -291,5 +294,6 @@ def _renewed(record: NodeRecord, worker: Worker, now_s: float) -> NodeRecord:
         block_time_s=now.block_time_s,
         rss_bytes=now.rss_bytes,
         sessions=now.sessions,
+        started_s=min(record.started_s, now_s),  # a clock may have been set back since
         expires_s=now_s + RECORD_LIFETIME_S,
     )

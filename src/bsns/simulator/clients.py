@@ -17,7 +17,7 @@ from bsns.core.ids import PeerId
 from bsns.node.peer import Peer
 from bsns.node.view import View
 from bsns.routing.chain import Route, Wish
-from bsns.simulator.clock import Machine, Process
+from bsns.simulator.clock import Machine, OwnClock, Process
 from bsns.simulator.model import DTYPE, VOCABULARY, HashEnds, expected_tokens
 from bsns.simulator.nodes import MODEL, Swarm
 
@@ -87,7 +87,7 @@ class SimulatedClient:
     def __init__(self, swarm: Swarm, machine: Machine) -> None:
         scenario = swarm.scenario
         self.swarm = swarm
-        self.peer: Peer = swarm.peer()
+        self.peer: Peer = swarm.peer(OwnClock(swarm.loop))
         clients = scenario.clients
         process = Process(machine)
         if clients.machine:

@@ -1,4 +1,4 @@
-"""Virtual time: an event loop that jumps to whatever happens next, and machines whose computing only takes time."""
+"""Virtual time: an event loop that jumps to whatever happens next, machines whose computing only takes time, clocks."""
 
 from __future__ import annotations
 
@@ -78,6 +78,21 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
         self.call_soon(settle)
         return future
+
+
+class OwnClock:
+    """The clock of one machine (transport.clock.Clock): the loop's, but for a time of day that may be wrong."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        self._loop = loop
+        self.ahead_s = 0.0
+        """How far its time of day is ahead of the others'; negative: behind."""
+
+    def now_s(self) -> float:
+        return self._loop.now_s()
+
+    def unix_s(self) -> float:
+        return self._loop.unix_s() + self.ahead_s
 
 
 class _Jump(selectors.BaseSelector):

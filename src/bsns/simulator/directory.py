@@ -1,17 +1,25 @@
-"""The simulated directory: shelves that take a while to reach, and that a frozen or parted peer does not reach."""
+"""The simulated directory: shelves that take a while to reach, and that a frozen or parted peer does not reach.
+
+Nor does one whose clock is wrong: as in the real one (swarm.dht_guard), everybody refuses its requests, and it theirs.
+It hears of nobody but itself then, or is told why.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
+from bsns.core.errors import NotAMember
 from bsns.core.ids import PeerId
 from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
+from bsns.simulator.clock import OwnClock
 from bsns.simulator.network import SimulatedNetwork
 from bsns.swarm.directory import MemoryDirectory, Reading
 
 LOOK_AGAIN_S = 0.25
+SKEW_S = 60.0
+"""How far a clock may be from the others' (swarm.dht_guard.MAX_CLOCK_SKEW_S, which cannot be had without torch)."""
 
 
 class Shelf(MemoryDirectory):
@@ -87,37 +95,58 @@ class Shelves:
 class SimulatedDirectory:
     """One peer's way to the shelves (swarm.directory.Directory)."""
 
-    def __init__(self, shelves: Shelves, peer: PeerId, delay_s: float) -> None:
+    def __init__(self, shelves: Shelves, peer: PeerId, clock: OwnClock, delay_s: float) -> None:
         self._shelves = shelves
         self._peer = peer
+        self._clock = clock
         self._delay_s = delay_s
+        self._own = MemoryDirectory(clock=clock.unix_s)
         self.gone = False
         """A process that is dead announces nothing more."""
 
     async def publish(self, record: NodeRecord) -> None:
         await self._reach()
         if not self.gone:
-            await self._shelves.of(self._peer).publish(record)
+            await self._shelf().publish(record)
 
     async def withdraw(self, record: NodeRecord) -> None:
         if not self.gone:
-            await self._shelves.of(self._peer).withdraw(record)
+            await self._shelf().withdraw(record)
 
     async def records(self) -> Reading:
         await self._reach()
-        return await self._shelves.of(self._peer).records()
+        reading = await self._shelf().records()
+        if self._clock.ahead_s <= 0:
+            return reading
+        now_s = self._clock.unix_s()
+        return Reading(record for record in reading if record.expires_s > now_s)
 
     async def publish_plan(self, plan: PlanRecord) -> None:
         await self._reach()
         if not self.gone:
-            await self._shelves.of(self._peer).publish_plan(plan)
+            await self._shelf().publish_plan(plan)
 
     async def plans(self) -> list[PlanRecord]:
         await self._reach()
-        return await self._shelves.of(self._peer).plans()
+        now_s = self._clock.unix_s()
+        return [plan for plan in await self._shelf().plans() if plan.expires_s > now_s]
 
     async def close(self) -> None:
         self.gone = True
+
+    def _shelf(self) -> MemoryDirectory:
+        """The others' and ours; ours alone while our clock is ahead, for what we hold of theirs has expired by it.
+
+        Raises NotAMember while it is behind: what we say has expired by anybody's clock but ours, and ours keeps the
+        newest we said before.
+        """
+        skew_s = self._clock.ahead_s
+        if abs(skew_s) <= SKEW_S:
+            self._own = MemoryDirectory(clock=self._clock.unix_s)
+            return self._shelves.of(self._peer)
+        if skew_s > 0:
+            return self._own
+        raise NotAMember(f"refused: the clocks of {self._peer} and the others differ by {-skew_s:.0f} s")
 
     async def _reach(self) -> None:
         await asyncio.sleep(self._delay_s)

@@ -19,7 +19,7 @@ from bsns.node.peer import Peer
 from bsns.node.server import RECORD_LIFETIME_S, Server
 from bsns.planning.joining import choose_range
 from bsns.protocol.records import NodeRecord
-from bsns.simulator.clock import Machine, Process, VirtualLoop
+from bsns.simulator.clock import Machine, OwnClock, Process, VirtualLoop
 from bsns.simulator.directory import Shelves, SimulatedDirectory
 from bsns.simulator.model import DTYPE, HIDDEN_SIZE, HashExecutor
 from bsns.simulator.network import SimulatedNetwork
@@ -58,13 +58,13 @@ class Swarm:
             dtype=DTYPE,
         )
 
-    def peer(self) -> Peer:
+    def peer(self, clock: OwnClock) -> Peer:
         """A new member of the swarm."""
         identity = Identity(self.rng.randbytes(32))
-        membership = Membership.of_founder(self.founder, identity, self.loop.unix_s())
+        membership = Membership.of_founder(self.founder, identity, clock.unix_s())
         transport = self.network.transport(identity.peer)
-        directory = SimulatedDirectory(self.shelves, identity.peer, self.scenario.ways.directory_ms / 1e3)
-        return Peer(transport, membership, directory, None, "", self.loop)
+        directory = SimulatedDirectory(self.shelves, identity.peer, clock, self.scenario.ways.directory_ms / 1e3)
+        return Peer(transport, membership, directory, None, "", clock)
 
 
 class WatchedSessions(SessionTable):
@@ -89,6 +89,7 @@ class SimulatedNode:
         self.speed = speed
         self.stands = stands
         self.slowness = 1.0
+        self.clock = OwnClock(swarm.loop)
         self.server: Server | None = None
         self.executors: list[HashExecutor] = []
         self.alive = False
@@ -128,7 +129,8 @@ class SimulatedNode:
         swarm, kind, model = self.swarm, self.kind, self.swarm.scenario.model
         self.alive = True
         self.slowness = 1.0
-        peer = swarm.peer()
+        self.clock.ahead_s = 0.0
+        peer = swarm.peer(self.clock)
         if kind.machine:
             swarm.network.processes[peer.id] = self.process
         present = await peer.directory.records()
@@ -141,7 +143,7 @@ class SimulatedNode:
             blocks = choose_range(model.blocks, holders, self.most_blocks)
         least, memory_bytes = model.least_cache_tokens, self.memory_bytes
         cache_tokens = max(kind.cache_tokens, least)
-        unix_s = swarm.loop.unix_s()
+        unix_s = self.clock.unix_s()
         record = NodeRecord(
             peer=peer.id,
             addresses=peer.transport.addresses,
@@ -177,7 +179,7 @@ class SimulatedNode:
             peer.dial,
             block_time_s=self.block_time_s,
             rss_bytes=lambda: 1,
-            clock=swarm.loop,
+            clock=self.clock,
             short_s=0.0,
         )
         sessions.drained = self._given_up

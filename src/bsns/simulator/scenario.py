@@ -13,7 +13,7 @@ from bsns.core.plan import LEAST_CACHE_TOKENS
 
 MAX_NODES = 20_000
 MAX_SPREAD = 10.0
-Kind = Literal["crash", "freeze", "slow", "cut", "flap", "lie", "leave"]
+Kind = Literal["crash", "freeze", "slow", "cut", "flap", "lie", "jump", "leave"]
 RANDOM_KINDS: tuple[Kind, ...] = ("crash", "freeze", "slow", "cut", "flap", "lie")
 
 
@@ -104,6 +104,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """inf: for ever."""
     factor: float = 100.0
     """How many times slower `slow` makes a node."""
+    by_s: float = 3600.0
+    """How far `jump` puts a node's time of day ahead of the others'; negative: behind."""
 
 
 class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -210,14 +212,15 @@ def check(scenario: Scenario) -> None:
 
 
 def _check_numbers(table: msgspec.Struct) -> None:
-    """No number is negative or none at all; infinite is only how long a fault lasts, and -1 its node."""
+    """No number is negative or none at all; infinite is only how long a fault lasts, and -1 its node. A clock may
+    jump back."""
     for name in table.__struct_fields__:
         values = getattr(table, name)
         for value in values if isinstance(values, tuple) else (values,):
             if isinstance(value, msgspec.Struct):
                 _check_numbers(value)
             elif isinstance(value, int | float) and (name, value) not in (("node", -1), ("for_s", math.inf)):
-                _require(0 <= value < math.inf, f"{name} is {value}")
+                _require(0 <= (abs(value) if name == "by_s" else value) < math.inf, f"{name} is {value}")
 
 
 def _require(holds: bool, rule: str) -> None:

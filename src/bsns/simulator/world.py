@@ -34,6 +34,8 @@ RESTART_S = 3.0
 FREED_S = 2.0
 """How long sessions may be held once their answers have ended."""
 FLAP_S = 0.7
+JUMP_S = 3600.0
+"""How far clocks jump where faults are drawn by lot, ahead and back by turns: as where summer time is taken for UTC."""
 EXACT_S = 20.0
 """Real seconds that finding the best layout may take."""
 THROUGHPUT = Objective()
@@ -205,8 +207,9 @@ class World:
                 kind=self.rng.choice(faults.kinds),
                 node=-1 if self.rng.random() < faults.aimed else self.rng.randrange(len(self.nodes)),
                 for_s=self.rng.uniform(*faults.for_s),
+                by_s=(JUMP_S, -JUMP_S)[number % 2],
             )
-            for _ in range(faults.count)
+            for number in range(faults.count)
         ]
 
     async def _strike(self, fault: Fault, began_s: float) -> None:
@@ -247,6 +250,10 @@ class World:
                 worker.garbled = True
                 await asyncio.sleep(fault.for_s)
                 worker.garbled = False
+            case "jump":
+                node.clock.ahead_s = fault.by_s
+                await asyncio.sleep(fault.for_s)
+                node.clock.ahead_s = 0.0
             case "cut":
                 await self._cut({peer}, fault.for_s)
             case "flap":
@@ -296,7 +303,7 @@ class World:
     def _dying(self) -> bool:
         """Whether nodes may end without a word."""
         scenario = self.scenario
-        crash = any(fault.kind not in ("slow", "lie", "leave") for fault in scenario.fault)
+        crash = any(fault.kind not in ("slow", "lie", "jump", "leave") for fault in scenario.fault)
         return bool(crash or scenario.faults.count or (scenario.churn.share_per_minute and scenario.churn.graceful < 1))
 
     def throughput(self) -> tuple[float, float]:

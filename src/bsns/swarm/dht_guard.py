@@ -32,8 +32,8 @@ from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.identity import public_key_of, verify
 from bsns.swarm.membership import Membership
-from bsns.swarm.plans import MAX_PLAN_BYTES, lease_of, open_plan
-from bsns.swarm.records import MAX_RECORD_BYTES, open_record
+from bsns.swarm.plans import MAX_LEASE_S, MAX_PLAN_BYTES, lease_of, open_plan
+from bsns.swarm.records import MAX_LIFETIME_S, MAX_RECORD_BYTES, open_record
 
 MAX_RECORDS = 2048
 MAX_PLANS = 12
@@ -54,12 +54,13 @@ Clock = Callable[[], float]
 
 
 class Shelf(NamedTuple):
-    """One key of the DHT: what lies there, each record under its author's peer id, how large and how many."""
+    """One key of the DHT: what lies there, each record under its author's peer id, how large, how many, how long."""
 
     key: str
     open: Callable[[bytes, Membership, float, PeerId], NodeRecord | PlanRecord]
     max_bytes: int
     max_records: int
+    max_life_s: float
 
     @property
     def id_bytes(self) -> bytes:
@@ -69,12 +70,12 @@ class Shelf(NamedTuple):
 
 def node_shelf(membership: Membership) -> Shelf:
     """Where the swarm's nodes announce themselves."""
-    return Shelf(f"bsns/{membership.swarm}/nodes/1", open_record, MAX_RECORD_BYTES, MAX_RECORDS)
+    return Shelf(f"bsns/{membership.swarm}/nodes/1", open_record, MAX_RECORD_BYTES, MAX_RECORDS, MAX_LIFETIME_S)
 
 
 def plan_shelf(membership: Membership) -> Shelf:
     """Where orchestrators announce their leases and plans."""
-    return Shelf(f"bsns/{membership.swarm}/plans/1", open_plan, MAX_PLAN_BYTES, MAX_PLANS)
+    return Shelf(f"bsns/{membership.swarm}/plans/1", open_plan, MAX_PLAN_BYTES, MAX_PLANS, MAX_LEASE_S)
 
 
 class RecordGuard(RecordValidatorBase):  # type: ignore[misc]

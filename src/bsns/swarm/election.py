@@ -171,7 +171,7 @@ class Election:
             else:
                 self._wake_s = min(now_s + self.renew_s, holder.expires_s)
         else:
-            if self._vacant_s is None:
+            if self._vacant_s is None or self._vacant_s > now_s:  # later than now: our clock was set back
                 lapsed = before is not None and before.expires_s <= now_s
                 self._vacant_s = before.expires_s if before is not None and lapsed else now_s
             actions += self._claim(seen, before, now_s)
@@ -185,7 +185,8 @@ class Election:
         if self._mine is None:
             return []
         better = self._best is not None and self._best.beats(self._mine)
-        if now_s < self._mine.expires_s and not better:
+        # one that is good for longer than any lease was made while our clock was wrong, and nobody else accepts it
+        if now_s < self._mine.expires_s <= now_s + 2 * self.lease_s and not better:
             return []
         self._mine, self._confirmed = None, False
         return [StepDown(self._best.holder if self._best is not None else None)]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from hivemind.dht import DHTNode
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 RPC_DEADLINE_S = 2.0
 READ_DEADLINE_S = 8.0
 JOIN_DEADLINE_S = 5.0
+MAX_KNOWN = 64
+ASKED_AGAIN = 8
+"""How many peers are remembered, and how many of them are greeted by one that has lost sight of all."""
+GREETING_S = 0.5
+"""How long it waits for them each time."""
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,8 @@ class HivemindDirectory:
         self._clock = clock
         self._nodes, self._plans = node_shelf(membership), plan_shelf(membership)
         self._last_expiry_s = {self._nodes: 0.0, self._plans: 0.0}
+        self._known: dict[PeerID, None] = {}
+        self._greetings: set[asyncio.Task[object]] = set()
         self._closed = False
 
     @classmethod
@@ -135,6 +143,24 @@ class HivemindDirectory:
         except TimeoutError:
             log.debug("some neighbours in the DHT are slow; going on with those that answered")
 
+    async def _meet_again(self) -> None:
+        """Greet those whom we knew, where we have lost sight of everybody.
+
+        A peer that does not answer, or refuses us, is struck from the routing table. Whoever was cut off for a while,
+        or had a wrong clock, has an empty one afterwards and is in nobody's: it has to speak first.
+        """
+        protocol = self._node.protocol
+        met = protocol.routing_table.peer_id_to_uid
+        if met:
+            before = [peer for peer in self._known if peer not in met]
+            self._known = dict.fromkeys([*before, *met][-MAX_KNOWN:])
+            return
+        self._node.blacklist.clear()  # its bans end by the clock that may have been wrong
+        if not self._greetings:
+            self._greetings = {asyncio.create_task(protocol.call_ping(peer)) for peer in [*self._known][-ASKED_AGAIN:]}
+        if self._greetings:  # who takes longer to answer is met all the same
+            _, self._greetings = await asyncio.wait(self._greetings, timeout=GREETING_S)
+
     async def publish(self, record: NodeRecord) -> None:
         """Announce this node; its expiry is cut to our certificate's. Raises PeerFailed if nobody took the record."""
         # room for a goodbye, which has to expire later to replace the record
@@ -142,7 +168,7 @@ class HivemindDirectory:
 
     async def withdraw(self, record: NodeRecord) -> None:
         """Replace our record by one that says `leaving` and outlives every earlier one, so none can be replayed."""
-        last_s = max(record.expires_s, self._last_expiry_s[self._nodes]) + 0.5
+        last_s = max(record.expires_s, self._last_s(self._nodes)) + 0.5
         await self._publish(msgspec.structs.replace(record, state="leaving", expires_s=last_s))
 
     async def publish_plan(self, plan: PlanRecord) -> None:
@@ -158,14 +184,27 @@ class HivemindDirectory:
 
     def _expiry_s(self, shelf: Shelf, wanted_s: float) -> float:
         """The DHT keeps whichever expires later: what shall replace something has to."""
-        last_s = self._last_expiry_s[shelf]
+        last_s = self._last_s(shelf)
         return wanted_s if wanted_s > last_s else last_s + 0.001
+
+    def _last_s(self, shelf: Shelf) -> float:
+        """When what we announced last expires; 0 where that is so far ahead that nobody else can have it.
+
+        Then our clock was wrong, and we have it ourselves still: it would stand in the way of what we announce now.
+        """
+        if self._last_expiry_s[shelf] > self._clock() + shelf.max_life_s:
+            self._last_expiry_s[shelf] = 0.0
+            held = self._node.protocol.storage.get(DHTID.from_bytes(shelf.id_bytes))
+            if held is not None and isinstance(held.value, DictionaryDHTValue):
+                del held.value[self._membership.peer]
+        return self._last_expiry_s[shelf]
 
     async def _store(self, shelf: Shelf, signed: bytes, expires_s: float) -> None:
         self._last_expiry_s[shelf] = expires_s
         self._node.protocol.verdicts = Verdicts()
         try:
             async with asyncio.timeout(READ_DEADLINE_S):
+                await self._meet_again()
                 stored = await self._node.store(
                     shelf.key, signed, expires_s, subkey=self._membership.peer, exclude_self=self._client_only
                 )
@@ -207,6 +246,7 @@ class HivemindDirectory:
         self._node.protocol.verdicts = Verdicts()
         try:
             async with asyncio.timeout(READ_DEADLINE_S):
+                await self._meet_again()
                 found = await self._node.get(shelf.key, latest=True)
         except TimeoutError:
             raise PeerTimedOut(f"reading the directory took more than {READ_DEADLINE_S:g} s") from None
@@ -222,6 +262,8 @@ class HivemindDirectory:
         if self._closed:
             return
         self._closed = True
+        for greeting in self._greetings:
+            greeting.cancel()
         try:
             async with asyncio.timeout(RPC_DEADLINE_S):
                 await self._node.shutdown()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+from memory_swarm import MemorySwarm
+from test_moving import BLOCKS, OLD, Idler
 
 from bsns.core.errors import BsnsError, NotAMember, PeerFailed, PeerTimedOut
 from bsns.node import server
 from bsns.simulator.clock import VirtualLoop, run
+from bsns.swarm.identity import Identity
+from bsns.swarm.records import check_record
+
+NOW_S = 1_800_000_000.0
 
 
 async def _attempts(loop: VirtualLoop, errors: list[BsnsError]) -> int:
@@ -51,3 +58,14 @@ def test_a_refusal_is_no_reason_to_try_again() -> None:
 )
 def test_what_is_told_soon(now_s: float, said_s: float, differs: bool) -> None:
     assert server._differs(now_s, said_s) == differs
+
+
+async def test_a_node_that_began_by_a_wrong_clock_is_sane_when_it_is_right(swarm: MemorySwarm) -> None:
+    """Its record would have begun after its end, and nobody would take it for an hour."""
+    node = await swarm.add_node("me", Idler(OLD), block_count=BLOCKS)
+    (record,) = swarm.directory.shelf.values()
+    peer = Identity((1).to_bytes(32, "big")).peer
+    record = msgspec.structs.replace(record, peer=peer, addresses=(), started_s=NOW_S + 3600)
+    renewed = server._renewed(record, node.worker, NOW_S)
+    check_record(renewed)
+    assert renewed.started_s == NOW_S

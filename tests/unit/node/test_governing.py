@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,14 +10,14 @@ import msgspec
 import pytest
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import NotEnoughMemory, PeerFailed
+from bsns.core.errors import NotAMember, NotEnoughMemory, PeerFailed
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.plan import Objective, Plan, PlannedStage
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.node.orchestrator import Orchestrator
 from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
-from bsns.swarm.directory import MemoryDirectory
+from bsns.swarm.directory import MemoryDirectory, Reading
 from bsns.swarm.identity import Identity
 from bsns.swarm.invites import Founder
 from bsns.swarm.membership import Membership
@@ -30,11 +31,12 @@ START_S = 1_800_000_000.0
 
 @dataclass
 class Node:
-    """A node as the orchestrator sees it, and what it was told."""
+    """A node as the orchestrator sees it, its clock, and what it was told."""
 
     orchestrator: Orchestrator
     peer: PeerId
     wake_s: float
+    clock: HandClock
     plan: PlanRecord | None = None
     told: int = 0
     alive: bool = True
@@ -45,12 +47,13 @@ class HandClock:
     """A world's time."""
 
     world: World
+    ahead_s: float = 0.0
 
     def now_s(self) -> float:
         return self.world.now_s
 
     def unix_s(self) -> float:
-        return self.world.now_s
+        return self.world.now_s + self.ahead_s
 
 
 @dataclass
@@ -84,6 +87,7 @@ class World:
         def stand(draw: bytes) -> None:
             self.directory.shelf[peer] = msgspec.structs.replace(self.directory.shelf[peer], draw=draw)
 
+        clock = HandClock(self)
         orchestrator = Orchestrator(
             *(self.directory, membership, SHAPE),
             obey=obey,
@@ -91,9 +95,9 @@ class World:
             stands=stands,
             lease_s=LEASE_S,
             planner=self.plan,
-            clock=HandClock(self),
+            clock=clock,
         )
-        node = self.nodes[peer] = Node(orchestrator, peer, self.now_s)
+        node = self.nodes[peer] = Node(orchestrator, peer, self.now_s, clock)
         self.directory.shelf[peer] = NodeRecord(
             *(peer, (), MODEL, "tiny", 6, start, end, "serving", "cpu", "float32", "torch", 1),
             *(4096, 4096, 0.1, 1, "0", 0.0, self.now_s + 600),
@@ -102,8 +106,8 @@ class World:
         )
         return node
 
-    async def run(self, seconds: float) -> None:
-        """Let everybody look when it is their turn; searches take no time."""
+    async def run(self, seconds: float, *, at_most: int = 1) -> None:
+        """Let everybody look when it is their turn; searches take no time. So many act at once at most."""
         until_s = self.now_s + seconds
         while True:
             living = [node for node in self.nodes.values() if node.alive]
@@ -115,11 +119,13 @@ class World:
             await node.orchestrator.look()
             if node.orchestrator._search is not None:
                 await node.orchestrator._search
-            node.wake_s = max(node.orchestrator.election.wake_s, self.now_s + 0.02)
-            assert len(self.acting()) <= 1
+            election = node.orchestrator.election
+            node.wake_s = self.now_s + min(max(election.wake_s - node.clock.unix_s(), 0.02), election.renew_s)
+            assert len(self.acting()) <= at_most
 
     def acting(self) -> list[Node]:
-        return [n for n in self.nodes.values() if n.alive and n.orchestrator.election.acts(self.now_s)]
+        """By their own clocks."""
+        return [n for n in self.nodes.values() if n.alive and n.orchestrator.election.acts(n.clock.unix_s())]
 
     def move(self) -> None:
         """All obey at once."""
@@ -249,3 +255,63 @@ async def test_models_and_dtypes_are_governed_apart(world: World) -> None:
     world.directory.plan_shelf[alien.author] = alien
     await world.run(5.0)
     assert node.orchestrator.election.acts(world.now_s)
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+async def test_an_orchestrator_alone_whose_clock_was_wrong_governs_on(world: World, ahead_s: float) -> None:
+    node = world.add(0, 6)
+    await world.run(2 * LEASE_S)
+    node.clock.ahead_s = ahead_s
+    await world.run(2 * LEASE_S)
+    node.clock.ahead_s = 0.0
+    await world.run(3 * LEASE_S)
+    assert node.orchestrator.election.acts(world.now_s)
+    (lease,) = await world.directory.plans()
+    assert world.now_s < lease.expires_s <= world.now_s + LEASE_S, "nobody who comes sees that somebody governs"
+    searched = world.searches
+    await world.run(7 * LEASE_S)
+    assert world.searches > searched, "it plans no more"
+
+
+async def test_whoever_is_refused_does_not_ask_again_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = world.add(0, 6)
+    await world.run(5.0)
+    refused: list[int] = []
+
+    async def refuse() -> Reading:
+        refused.append(1)
+        raise NotAMember("the clocks differ by 3600 s; set them right")
+
+    monkeypatch.setattr(world.directory, "records", refuse)
+    world.now_s += 3600
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    task = asyncio.create_task(node.orchestrator.run())
+    await asyncio.sleep(0.2)
+    task.cancel()
+    assert len(refused) <= 1 + (loop.time() - began_s) / node.orchestrator.election.step_s
+
+
+async def test_after_an_hour_of_its_own_a_node_obeys_the_others_plan_again(world: World) -> None:
+    """By a clock far ahead it was alone, and claimed terms that nobody else has heard of."""
+    for start, end in ((0, 5), (5, 6), (0, 6)):
+        world.add(start, end)
+    world.answer = split(world)
+    await world.run(3 * LEASE_S)
+    node = next(node for node in world.nodes.values() if node not in world.acting())
+    common, node.orchestrator._directory = world.directory, MemoryDirectory(clock=node.clock.unix_s)
+    node.clock.ahead_s = 3600.0
+    alone = msgspec.structs.replace(common.shelf[node.peer], expires_s=node.clock.unix_s() + 600)
+    await node.orchestrator._directory.publish(alone)
+    for _ in range(10):
+        await world.run(LEASE_S / 3, at_most=2)
+    assert node.plan is not None
+    assert node.plan.author == node.peer
+    node.clock.ahead_s = 0.0
+    node.orchestrator._directory = common
+    await world.run(LEASE_S / 3 + 0.1, at_most=2)  # until it has looked
+    await world.run(2 * LEASE_S)
+    (holder,) = world.acting()
+    assert node.plan is not None
+    assert node.plan.author == holder.peer
+    assert len({(n.plan.term, n.plan.version) for n in world.nodes.values() if n.plan is not None}) == 1

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bsns.simulator.clock import Machine, Process, Stalled, VirtualLoop, run
+from bsns.simulator.clock import Machine, OwnClock, Process, Stalled, VirtualLoop, run
 
 
 def test_time_passes_only_while_everybody_waits() -> None:
@@ -87,5 +87,17 @@ def test_what_a_job_raises_reaches_who_waits_for_it() -> None:
         with pytest.raises(ValueError, match="on purpose"):
             await asyncio.to_thread(fail)
         assert loop.time() == pytest.approx(1.0)
+
+    run(main)
+
+
+def test_a_machines_time_of_day_may_be_wrong_and_time_passes_all_the_same() -> None:
+    async def main(loop: VirtualLoop) -> None:
+        clock = OwnClock(loop)
+        began_s = clock.unix_s()
+        clock.ahead_s = -3600.0
+        await asyncio.sleep(10)
+        assert clock.now_s() == loop.now_s() == pytest.approx(10.0)
+        assert clock.unix_s() == pytest.approx(began_s - 3590.0)
 
     run(main)

@@ -20,6 +20,11 @@ def test_every_scenario_of_the_project_is_one() -> None:
         assert parse_scenario(file.read_text(), seed=5).seed == 5
 
 
+def test_a_clock_may_jump_back() -> None:
+    text = NODES + "[[fault]]\nat_s = 1.0\nkind = 'jump'\nby_s = -3600.0\n"
+    assert parse_scenario(text).fault[0].by_s == -3600
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -46,6 +51,8 @@ def test_every_scenario_of_the_project_is_one() -> None:
         (NODES + "[clients]\nanswer_tokens = [9, 9000]\n", "context"),
         (NODES + "[[fault]]\nat_s = 1.0\nkind = 'crash'\nnode = 3\n", "a fault's node"),
         (NODES + "[[fault]]\nat_s = 1.0\nkind = 'explode'\n", "explode"),
+        (NODES + "[[fault]]\nat_s = 1.0\nkind = 'jump'\nby_s = -inf\n", "by_s"),
+        (NODES + "[[fault]]\nat_s = 1.0\nkind = 'jump'\nfor_s = inf\n", "for ever"),
         (NODES + "[faults]\nkinds = ['explode']\n", "explode"),
         ("lease_s = 0\n" + NODES, "lease_s"),
     ],

@@ -184,3 +184,22 @@ def test_whoever_cannot_hold_a_lease_does_not_move_the_term() -> None:
 def test_an_impossible_lease() -> None:
     with pytest.raises(BadOption):
         Election(A, lambda term: b"", lot_of, lease_s=0.0, stands=True)
+
+
+def test_a_lease_made_by_a_clock_far_ahead_is_given_up_once_the_clock_is_right() -> None:
+    """Nobody else accepts it: its holder would act alone for an hour."""
+    one = election()
+    hold(one, NOW_S + 3600)
+    actions = one.handle(Seen((), draws(2, A)), NOW_S)
+    assert StepDown(None) in actions
+    assert not one.acts(NOW_S)
+    assert [claim.term for claim in claims(one.handle(Seen((), draws(2, A)), NOW_S + LEASE_S))] == [2]
+    one.check()
+
+
+def test_a_vacancy_seen_by_a_clock_far_ahead_is_no_reason_to_wait() -> None:
+    one = election(C)
+    here = draws(1, A, B, C)
+    assert claims(one.handle(Seen((), here), NOW_S + 3600)) == []
+    assert claims(one.handle(Seen((), here), NOW_S)) == []
+    assert [claim.term for claim in claims(one.handle(Seen((), here), NOW_S + 2 * STEP_S))] == [1]
