@@ -200,7 +200,7 @@ class Generator:
                 yield Piece(text, turned.token)
         finally:
             stats.route = session.route
-            await self._end(reader)
+            self._end(reader)
 
     async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
         """Logits (rows, vocabulary) for every position of a text, chunk by chunk. Raises as `stream` does."""
@@ -217,12 +217,16 @@ class Generator:
                 await self._feed(reader)
                 yield await self._decoder.logits(await self._hear(reader, memoryview), rows)
         finally:
-            await self._end(reader)
+            self._end(reader)
 
     async def close(self) -> None:
         """Close every link, which frees every session on every stage; answers under way end with PeerLost."""
-        for reader in self._readers.values():
+        self._links.shut()
+        for reader in list(self._readers.values()):
             reader.heard.put_nowait(PeerLost("the client was closed"))
+            if reader.mending is not None:
+                reader.mending.cancel()
+            await self._spares.end(reader)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._links.close()
         await self._decoder.close()
@@ -262,15 +266,17 @@ class Generator:
             else:
                 return session
 
-    async def _end(self, reader: Reader) -> None:
-        """Forget a session, and free it everywhere."""
+    def _end(self, reader: Reader) -> None:
+        """Forget a session, and free it everywhere; in a task of its own, for whoever reads may be cancelled."""
         del self._readers[reader.session.id]
+        self._spawn(self._free(reader))
+
+    async def _free(self, reader: Reader) -> None:
         if reader.mending is not None:
             reader.mending.cancel()
             await asyncio.gather(reader.mending, return_exceptions=True)
         self._release(reader.session.route)
-        self._spawn(self._spares.end(reader))
-        self._spawn(reader.session.close())
+        await asyncio.gather(self._spares.end(reader), reader.session.close())
 
     async def _feed(self, reader: Reader, *, again_from: int | None = None) -> None:
         """Send a reader's tokens as far as they may be, in chunks, without waiting for what they bring: so the stages
