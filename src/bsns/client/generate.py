@@ -25,6 +25,8 @@ from bsns.core.errors import (
     BadOption,
     BadTensor,
     BsnsError,
+    CacheFull,
+    CacheTooSmall,
     PeerError,
     PeerFailed,
     PeerLost,
@@ -47,6 +49,12 @@ from bsns.transport.port import Dial
 UNREACHED_S = 6.0
 AGAIN_S = 0.5
 """Whom a node could not dial once, for it was just coming up, it does not dial again for 5 s (libp2p's backoff)."""
+
+ROOM_S = 6.0
+"""How long an answer that finds no room waits for some, before it is refused."""
+FIRST_LOOK_S = 0.05
+MOST_LOOK_S = 0.3
+"""How long until the client asks for room again, longer each time; less than what a place in a line is kept for."""
 
 T = TypeVar("T")
 
@@ -131,6 +139,8 @@ class Generator:
         self._spares = Spares(find_route, release, blame, self._send_rows)
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
         self._readers: dict[SessionId, Reader] = {}
+        self._waiting = asyncio.Lock()
+        """Held by the answer that asks for room again: the others come after it in their order."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -156,8 +166,9 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         """The answer to a tokenised prompt, piece by piece.
 
-        Raises PromptTooLong before anything is sent; afterwards whatever the swarm could not repair, as a typed error
-        in the stream, at the latest one deadline after its last token.
+        Raises PromptTooLong before anything is sent, and CacheFull if the swarm has no room for `ROOM_S`; afterwards
+        whatever the swarm could not repair, as a typed error in the stream, at the latest one deadline after its last
+        token.
         """
         stats = stats if stats is not None else Stats()
         if not tokens:
@@ -199,7 +210,7 @@ class Generator:
                 yield Piece(text, turned.token)
         finally:
             stats.route = session.route
-            await self._end(reader)
+            self._end(reader)
 
     async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
         """Logits (rows, vocabulary) for every position of a text, chunk by chunk. Raises as `stream` does."""
@@ -216,19 +227,52 @@ class Generator:
                 await self._feed(reader)
                 yield await self._decoder.logits(await self._hear(reader, memoryview), rows)
         finally:
-            await self._end(reader)
+            self._end(reader)
 
     async def close(self) -> None:
         """Close every link, which frees every session on every stage; answers under way end with PeerLost."""
-        for reader in self._readers.values():
+        self._links.shut()
+        for reader in list(self._readers.values()):
             reader.heard.put_nowait(PeerLost("the client was closed"))
+            if reader.mending is not None:
+                reader.mending.cancel()
+            await self._spares.end(reader)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._links.close()
         await self._decoder.close()
 
     async def _open(self, max_tokens: int) -> Session:
+        """A session on the best route, as soon as there is room for it. Raises CacheFull if there is none within
+        `ROOM_S`, at once where there cannot be any, and what `_open_somewhere` does."""
+        refusal: CacheFull | None = None
+        if not self._waiting.locked():  # otherwise others wait, and come first
+            try:
+                return await self._open_somewhere(max_tokens)
+            except CacheTooSmall:
+                raise
+            except CacheFull as error:
+                refusal = error
+        try:
+            async with asyncio.timeout(min(ROOM_S, self._deadline_s)), self._waiting:
+                look_s = FIRST_LOOK_S
+                while True:
+                    try:
+                        return await self._open_somewhere(max_tokens, in_line=True)
+                    except CacheTooSmall:
+                        raise
+                    except CacheFull as error:
+                        refusal = error
+                    await asyncio.sleep(look_s)
+                    look_s = min(2 * look_s, MOST_LOOK_S)
+        except TimeoutError:
+            why = refusal.message if refusal is not None else "others wait for room before this answer"
+            raise CacheFull(f"the swarm is full: {why}; ask again later, or add a node") from None
+
+    async def _open_somewhere(self, max_tokens: int, *, in_line: bool = False) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
         after the deadline. Where somebody cannot be reached and nobody else is left, all are tried again for a while.
+
+        `in_line`: stages that announced that they are full are asked too, for that may be over.
         """
         began_s = self._clock.now_s()
         give_up_s = began_s + self._deadline_s
@@ -236,7 +280,12 @@ class Generator:
         refusal: BsnsError | None = None
         while True:
             try:
-                route = await self._find_route(max_tokens, avoid, None, bool(avoid))
+                try:
+                    route = await self._find_route(max_tokens, avoid, None, bool(avoid) and not in_line)
+                except CacheFull:
+                    if not in_line or avoid:
+                        raise
+                    route = await self._find_route(0, avoid, None, False)
             except (SwarmError, PeerError) as error:
                 if isinstance(refusal, PeerUnreachable) and self._clock.now_s() - began_s < UNREACHED_S:
                     avoid.clear()
@@ -245,7 +294,7 @@ class Generator:
                 raise refusal or error from None  # the refusal says more than that nobody is left
             session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
             try:
-                await session.open(self._deadline_s)
+                await session.open(self._deadline_s, in_line=in_line)
             except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
                 self._release(route)
                 refusal = error
@@ -261,15 +310,17 @@ class Generator:
             else:
                 return session
 
-    async def _end(self, reader: Reader) -> None:
-        """Forget a session, and free it everywhere."""
+    def _end(self, reader: Reader) -> None:
+        """Forget a session, and free it everywhere; in a task of its own, for whoever reads may be cancelled."""
         del self._readers[reader.session.id]
+        self._spawn(self._free(reader))
+
+    async def _free(self, reader: Reader) -> None:
         if reader.mending is not None:
             reader.mending.cancel()
             await asyncio.gather(reader.mending, return_exceptions=True)
         self._release(reader.session.route)
-        self._spawn(self._spares.end(reader))
-        self._spawn(reader.session.close())
+        await asyncio.gather(self._spares.end(reader), reader.session.close())
 
     async def _feed(self, reader: Reader, *, again_from: int | None = None) -> None:
         """Send a reader's tokens as far as they may be, in chunks, without waiting for what they bring: so the stages

@@ -141,6 +141,7 @@ class Link:
 
     async def give_up(self, error: BsnsError) -> None:
         """Take the node for lost, though its stream is open, and end the stream."""
+        self._reader.cancel()
         if self.lost is None:
             self._lose(error)
         await self.close()
@@ -196,6 +197,8 @@ class Link:
         except Exception as error:
             log.exception("reading a link failed", peer=self.peer)
             self._lose(PeerLost(f"reading from node {self.peer} failed: {type(error).__name__}"))
+        finally:  # here, where whoever gives the node up may be cancelled: its end frees our sessions there
+            await self._stream.close()
 
     def _take(self, message: Message, buffers: list[memoryview]) -> None:
         match message:
@@ -286,15 +289,26 @@ class Links:
         self._on_lost = on_lost
         self._links: dict[PeerId, Link] = {}
         self._locks: dict[PeerId, asyncio.Lock] = {}
+        self._closed = False
 
     async def to(self, peer: PeerId, addresses: Sequence[str] = ()) -> Link:
-        """The link to a peer. Raises PeerError or ProtocolError if none can be had."""
+        """The link to a peer. Raises PeerError or ProtocolError if none can be had, PeerLost after `close`."""
         async with self._locks.setdefault(peer, asyncio.Lock()):
+            self._check_open()
             link = self._links.get(peer)
             if link is None or link.lost is not None:
                 stream = await self._dial(peer, addresses)
+                try:
+                    self._check_open()
+                except PeerLost:
+                    await stream.close()
+                    raise
                 link = self._links[peer] = Link(stream, self._on_results, self._on_failure, self._on_lost, self._clock)
             return link
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PeerLost("the client was closed")
 
     def others(self, peers: Collection[PeerId]) -> list[Link]:
         """The links there are to anybody but these."""
@@ -307,7 +321,13 @@ class Links:
         if link is not None:
             await link.close()
 
+    def shut(self) -> None:
+        """Let nobody be dialled any more."""
+        self._closed = True
+
     async def close(self) -> None:
+        """End every link; no new one is made."""
+        self.shut()
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
 

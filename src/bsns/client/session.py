@@ -50,9 +50,22 @@ class Session:
         """One to each stage, in their order."""
         return tuple(self._open)
 
-    async def open(self, deadline_s: float = 10.0) -> None:
-        """Open the session on every stage. Raises the first stage's error; nothing stays open then."""
-        self._open = await self._open_all(self.route, range(len(self.route)), deadline_s, lambda _: 0)
+    async def open(self, deadline_s: float = 10.0, *, in_line: bool = False) -> None:
+        """Open the session on every stage. Raises the first stage's error; nothing stays open then.
+
+        `in_line`: on one stage after the other, and standing in line at a full one. So sessions that want the same
+        stages do not all keep room on some of them and find none on the rest.
+        """
+        count = len(self.route)
+        parts = [range(index, index + 1) for index in range(count)] if in_line else [range(count)]
+        opened: list[Link] = []
+        try:
+            for stages in parts:
+                opened += await self._open_all(self.route, stages, deadline_s, lambda _: 0, waits=in_line)
+        except BaseException:
+            self.take_back(opened)
+            raise
+        self._open = opened
 
     async def open_spare(self, start: int, end: int, hop: Hop, deadline_s: float) -> Link:
         """Open the session on a spare for the stages [start, end), which computes along and passes nothing on. Raises
@@ -62,20 +75,30 @@ class Session:
         return link
 
     async def _open_all(
-        self, route: Route, stages: range, deadline_s: float, passes_from: Callable[[int], int]
+        self,
+        route: Route,
+        stages: range,
+        deadline_s: float,
+        passes_from: Callable[[int], int],
+        *,
+        waits: bool = False,
     ) -> list[Link]:
         asked: list[Link] = []
         try:
-            return await self._ask_all(route, stages, deadline_s, passes_from, asked)
+            requests = [self._request(route, index, passes_from(index), waits) for index in stages]
+            return await self._ask_all(route, stages, deadline_s, requests, asked)
         except BaseException:
             self.take_back(asked)
             raise
 
     async def _ask_all(
-        self, route: Route, stages: range, deadline_s: float, passes_from: Callable[[int], int], asked: list[Link]
+        self, route: Route, stages: range, deadline_s: float, requests: Sequence[Open], asked: list[Link]
     ) -> list[Link]:
         results = await asyncio.gather(
-            *(self._open_stage(route, index, deadline_s, passes_from(index), asked) for index in stages),
+            *(
+                self._open_stage(route, index, deadline_s, request, asked)
+                for index, request in zip(stages, requests, strict=True)
+            ),
             return_exceptions=True,
         )
         links = [result for result in results if isinstance(result, Link)]
@@ -108,7 +131,11 @@ class Session:
                 opened = [warm]
             else:
                 opened = await self._open_all(
-                    route, range(start, last + 1), deadline_s, lambda index: passes_from if index == last else 0
+                    route,
+                    range(start, last + 1),
+                    deadline_s,
+                    lambda index: passes_from if index == last else 0,
+                    waits=True,
                 )
             links = [*self._open[:start], *opened, *self._open[end:]]
             # whoever comes after has to know first whom to listen to
@@ -157,13 +184,14 @@ class Session:
             with contextlib.suppress(BsnsError):
                 link.post(Close(self.id))
 
-    async def _open_stage(
-        self, route: Route, index: int, deadline_s: float, passes_from: int, asked: list[Link]
-    ) -> Link:
+    async def _open_stage(self, route: Route, index: int, deadline_s: float, request: Open, asked: list[Link]) -> Link:
         hop = route[index]
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._ask_stage(route, index, deadline_s, passes_from, asked)
+                link = await self._links.to(hop.peer, hop.addresses)
+                asked.append(link)
+                await link.open(request, deadline_s)
+                return link
         except TimeoutError:
             raise PeerTimedOut(f"node {hop.peer} was not reached within {deadline_s:g} s").about(hop.peer) from None
         except BsnsError as error:
@@ -173,14 +201,10 @@ class Session:
             named.peer = error.peer if error.peer in known else hop.peer
             raise named from None
 
-    async def _ask_stage(
-        self, route: Route, index: int, deadline_s: float, passes_from: int, asked: list[Link]
-    ) -> Link:
+    def _request(self, route: Route, index: int, passes_from: int, waits: bool) -> Open:
         hop = route[index]
         before, after = neighbours(route, index)
-        link = await self._links.to(hop.peer, hop.addresses)
-        asked.append(link)
-        request = Open(
+        return Open(
             session=self.id,
             model=self._model,
             start=hop.blocks.start,
@@ -192,9 +216,8 @@ class Session:
             next_addresses=after.addresses if after else (),
             previous_peer=before.peer if before else None,
             passes_from=passes_from,
+            waits=waits,
         )
-        await link.open(request, deadline_s)
-        return link
 
     async def close(self, deadline_s: float = 2.0) -> None:
         """Free the session on every stage that still answers; the others free it when they see our stream gone."""

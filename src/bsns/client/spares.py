@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import structlog
@@ -175,27 +176,29 @@ class Spares:
     async def _tend(self, reader: Reader, held: _Held) -> None:
         """Bring the spares to what the route is now, and look after them."""
         route = reader.session.route
-        work: list[tuple[Spare, Coroutine[Any, Any, None]]] = []
+        work: list[tuple[Spare, Callable[[], Coroutine[Any, Any, None]]]] = []
         for spare in list(held.spares.values()):
             place = _place(reader, spare)
             if place is None or spare.hop.peer in {hop.peer for hop in route}:
                 self._drop(reader, held, spare)
             elif spare.between != _between(reader, *place):
-                work.append((spare, self._lead(reader, held, spare, *place)))
+                work.append((spare, partial(self._lead, reader, held, spare, *place)))
             else:
-                work.append((spare, self._look(reader, spare)))
+                work.append((spare, partial(self._look, reader, spare)))
         covered = {spare.hop.blocks for spare in held.spares.values()}
         for index, hop in enumerate(route):
             if hop.blocks in covered:
                 continue
             chosen = await self._choose(reader, held, index)
             if chosen is not None:
-                work.append((chosen, self._enlist(reader, held, chosen, index)))
+                work.append((chosen, partial(self._enlist, reader, held, chosen, index)))
         await asyncio.gather(*(self._try(reader, held, spare, what) for spare, what in work))
 
-    async def _try(self, reader: Reader, held: _Held, spare: Spare, what: Coroutine[Any, Any, None]) -> None:
+    async def _try(
+        self, reader: Reader, held: _Held, spare: Spare, what: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
         try:
-            await what
+            await what()
         except BsnsError as error:
             self._fail(reader, held, spare, error)
 
@@ -245,7 +248,8 @@ class Spares:
     async def _have_mirrored(self, reader: Reader, held: _Held, spare: Spare, position: int) -> None:
         """Have a spare sent what there is from a position on, and what follows. Raises what the stage before says."""
         if spare.between[0] is None:
-            if spare.feeding is None:
+            # one that was given up meanwhile is fed no more: nobody would ever end that
+            if spare.feeding is None and held.spares.get(spare.hop.peer) is spare:
                 spare.feeding = asyncio.create_task(self._feed(reader, held, spare))
             return
         before = _before(reader, spare)

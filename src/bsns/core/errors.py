@@ -11,7 +11,8 @@ BsnsError
 │   ├── MissingBlocks · NoSuchSwarm
 ├── PeerError           try another peer   this peer cannot serve this now
 │   ├── PeerUnreachable · PeerLost · PeerTimedOut · PeerSlow · PeerLeaving
-│   └── CacheFull · NotHere · PeerFailed
+│   ├── CacheFull · NotHere · PeerFailed
+│   └── CacheTooSmall, which is a CacheFull that no waiting mends
 ├── SessionError        reopen and replay  the stage no longer has this session's state
 │   ├── UnknownSession · PositionGap
 └── ProtocolError       ban the peer       it does not speak the protocol, or must not
@@ -163,6 +164,10 @@ class PeerLeaving(PeerError):
 
 class CacheFull(PeerError):
     """The peer's KV cache has no room for the session."""
+
+
+class CacheTooSmall(CacheFull):
+    """The peer's KV cache has no room for the session even when it is empty."""
 
 
 class NotHere(PeerError):

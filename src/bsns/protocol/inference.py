@@ -48,6 +48,9 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     passes_from: int = 0
     """Outputs before this position are kept for a replay but not passed on: whoever comes after has them. For a stage
     that takes a lost one's place."""
+    waits: bool = False
+    """Whether the client stands in line if there is no room: who does so and asks again gets room before who comes
+    later."""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):

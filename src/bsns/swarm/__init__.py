@@ -15,5 +15,6 @@ plans                an orchestrator's lease and plan, signed and opened; which 
 proposals            what an orchestrator publishes, and whether it is worth a move (pure)
 directory            what a directory is, and one in memory for tests
 dht_guard            what closes hivemind's DHT to everybody but members
+dht_traversal        hivemind's walk through the DHT, made to leave nothing waiting
 hivemind_directory   the real one: a Kademlia DHT that serves members only
 """

@@ -26,6 +26,7 @@ from bsns.core.ids import PeerId
 from bsns.protocol.plans import PlanRecord
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.dht_guard import MemberAuthorizer, MemberProtocol, RecordGuard, Shelf, Verdicts, node_shelf, plan_shelf
+from bsns.swarm.dht_traversal import tidy
 from bsns.swarm.directory import Reading
 from bsns.swarm.membership import Membership
 from bsns.swarm.plans import open_plan, sign_plan
@@ -44,6 +45,8 @@ GREETING_S = 0.5
 """How long it waits for them each time."""
 
 log = logging.getLogger(__name__)
+
+tidy()
 
 Clock = Callable[[], float]
 

@@ -1,6 +1,7 @@
 """Running blocks for others.
 
 sessions        who may step where, and how much cache is promised (pure)
+line            who waits for room in the cache, and in what order they get it (pure)
 batching        which steps run together, and when (pure)
 executor        the port: a batch in, activations out, the KV cache behind it
 torch_executor  the model library's own layers, on any device

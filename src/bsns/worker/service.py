@@ -94,6 +94,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._busy = False
         self._clients: dict[PeerId, Stream] = {}
+        self._opened_on: dict[SessionId, Stream] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
         self._replays = Replays(
             self._relay, self._spawn, self._report_about, dtype=self._dtype, hidden_size=self._hidden_size
@@ -124,8 +125,13 @@ class Worker:
         finally:
             if self._clients.get(stream.peer) is stream:
                 del self._clients[stream.peer]
-                for session in self.sessions.close_all_of(stream.peer):
-                    self._free(session)
+                gone = self.sessions.close_all_of(stream.peer)
+            else:  # a client that has come anew goes on with what it has opened since
+                gone = [session for session, opened_on in self._opened_on.items() if opened_on is stream]
+                for session in gone:
+                    self.sessions.close(session, stream.peer)
+            for session in gone:
+                self._free(session)
 
     @property
     def block_time_s(self) -> float:
@@ -232,12 +238,18 @@ class Worker:
 
     def _open(self, stream: Stream, message: Open) -> None:
         """Admit a session before the stream's next message or end, so that whoever leaves now has it freed."""
+        held = self.sessions.get(message.session)
+        if held is not None and held.client == stream.peer and self._opened_on.get(held.id) is not stream:
+            # its client has lost the stream on which it opened this; that we have not heard so yet is nothing to it
+            self.sessions.close(held.id, held.client)
+            self._free(held.id)
         try:
             session = self.sessions.open(message, stream.peer, self._now_s())
         except BsnsError as error:
             self._report(stream, message.session, error)
             return
         self._clients[stream.peer] = stream
+        self._opened_on[session.id] = stream
         assert session.held is not None
         self._executors[session.held].open(session.id, session.max_tokens)
         if session.next is not None:
@@ -486,6 +498,7 @@ class Worker:
         return self._clients.get(held.client, sender)
 
     def _free(self, session: SessionId) -> None:
+        self._opened_on.pop(session, None)
         self._replays.end(session)
         self._batcher.drop(session)
         for executor in self._executors.values():

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadFrame, CacheFull, NotHere, PositionGap, UnknownSession
+from bsns.core.errors import BadFrame, CacheFull, CacheTooSmall, NotHere, PositionGap, UnknownSession
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Mirror, Open, Part, Reroute
 from bsns.worker.journal import Journal
+from bsns.worker.line import Line
 
 MAX_ADDRESSES = 16
 MAX_TEXT = 256
@@ -41,6 +42,8 @@ class Session:
     """Outputs before this position are not passed on: the next stage has them."""
     journal: Journal | None = None
     """What was passed on, or would have been; the last stage of a route has none."""
+    waited_since_s: float | None = None
+    """Since when its client had stood in line for it."""
 
 
 class SessionTable:
@@ -71,6 +74,7 @@ class SessionTable:
         self.idle_s = idle_s
         self._sessions: dict[SessionId, Session] = {}
         self._reserved = 0
+        self._line = Line()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -134,7 +138,8 @@ class SessionTable:
         return list(self._sessions.values())
 
     def open(self, message: Open, client: PeerId, now_s: float) -> Session:
-        """Admit a session. Raises NotHere, CacheFull or BadFrame; the table is unchanged then."""
+        """Admit a session. Raises NotHere, CacheFull or BadFrame; the table is unchanged then, but for who waits in
+        line: there is no room either for whoever comes after those that want it."""
         if message.session in self._sessions:
             raise BadFrame(f"session {message.session} is open already")
         if message.model != self.model:
@@ -157,11 +162,7 @@ class SessionTable:
         _check_names(message.previous_peer, message.next_peer, message.next_addresses)
         if not 0 <= message.passes_from <= message.max_tokens:
             raise BadFrame(f"a stage cannot pass on what lies beyond {message.max_tokens} tokens")
-        if message.max_tokens > self.cache_tokens_left or len(self._sessions) >= self.max_sessions:
-            raise CacheFull(
-                f"{message.max_tokens} tokens of cache asked for, {self.cache_tokens_left} of {self.cache_tokens} left "
-                f"beside {len(self._sessions)} sessions; ask for fewer or wait for one to end"
-            )
+        waited_since_s = self._find_room(message, client, now_s)
         session = Session(
             message.session,
             client,
@@ -174,10 +175,25 @@ class SessionTable:
             seen_s=now_s,
             held=held,
             passes_from=message.passes_from,
+            waited_since_s=waited_since_s,
         )
         self._sessions[message.session] = session
         self._reserved += message.max_tokens
         return session
+
+    def _find_room(self, message: Open, client: PeerId, now_s: float) -> float | None:
+        """Since when the client has waited for this room. Raises CacheFull where there is none, or others wait for
+        it."""
+        asked = f"{message.max_tokens} tokens of cache asked for, {self.cache_tokens_left} of {self.cache_tokens} left"
+        if message.max_tokens > self.cache_tokens:
+            raise CacheTooSmall(f"{asked}; ask for fewer")
+        clients, tokens = self._line.ahead_of(client, now_s)
+        if message.max_tokens + tokens <= self.cache_tokens_left and len(self._sessions) + clients < self.max_sessions:
+            return self._line.leave(client)
+        if message.waits:
+            self._line.join(client, message.max_tokens, now_s)
+        others = f" and {clients} that wait" if clients else ""
+        raise CacheFull(f"{asked} beside {len(self._sessions)} sessions{others}; ask for fewer or wait for one to end")
 
     def step(self, part: Part, sender: PeerId, now_s: float) -> Session:
         """Check a step and note it. Raises UnknownSession, PositionGap or BadFrame; nothing is noted then.
@@ -239,6 +255,8 @@ class SessionTable:
         if held is None or held.client != client:
             return False
         self._drop(held)
+        if held.waited_since_s is not None and held.end == 0:
+            self._line.join(client, held.max_tokens, held.seen_s, held.waited_since_s)
         return True
 
     def close_all_of(self, client: PeerId) -> list[SessionId]:
@@ -246,6 +264,7 @@ class SessionTable:
         gone = [session for session in self._sessions.values() if session.client == client]
         for session in gone:
             self._drop(session)
+        self._line.leave(client)
         return [session.id for session in gone]
 
     def onward_to(self, peer: PeerId) -> list[Session]:

@@ -285,6 +285,29 @@ async def test_a_session_that_cannot_open_everywhere_stays_open_nowhere(scene: S
         await until(lambda node=nodes[other]: node.said(Close) == [Close(session.id)])
 
 
+async def test_in_line_a_session_opens_on_one_stage_after_the_other(scene: Scene) -> None:
+    """So that it keeps no room on a later one while an earlier one has none."""
+    nodes = {name: await scene.node(name) for name in "abc"}
+    session = session_over(scene, "abc")
+    nodes["b"].answers[Open] = lambda m: Failure(m.session, "CacheFull", "none left")
+    with pytest.raises(CacheFull):
+        await session.open(DEADLINE_S, in_line=True)
+    await until(lambda: nodes["a"].said(Close) == nodes["b"].said(Close) == [Close(session.id)])
+    assert [[m.waits for m in node.said(Open)] for node in nodes.values()] == [[True], [True], []]
+    assert nodes["c"].said(Close) == []
+
+
+async def test_a_node_that_is_given_up_sees_the_stream_end_though_that_is_cancelled(scene: Scene) -> None:
+    node = await scene.node("n")
+    link = await scene.link("n")
+    await link.ping()
+    task = asyncio.create_task(link.give_up(PeerLost("silent")))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await until(lambda: node.streams[0].closed)
+
+
 async def test_a_stage_that_answers_too_late_is_closed_too(scene: Scene) -> None:
     """It may have reserved the session all the same."""
     nodes = {name: await scene.node(name) for name in "ab"}

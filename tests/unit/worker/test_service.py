@@ -507,6 +507,23 @@ async def test_a_client_that_goes_frees_its_cache_at_once(bench: Bench, how: str
     assert np.array_equal((await staying.result())[1], hidden(0, 1) + 1)
 
 
+async def test_a_client_that_came_anew_leaves_nothing_on_its_old_stream(bench: Bench) -> None:
+    """Its old stream may end later than the new one begins: where its network was silent for a while, say."""
+    node = await bench.node("n")
+    old, new = await bench.call(node), await bench.call(node)
+    for session in (1, 2):
+        assert isinstance(await old.ask(opening(node, session)), Opened)
+    assert await new.ask(opening(node, 1)) == Opened(SessionId(1), 64)
+    await old.stream.close()
+    await until(lambda: bench.executors["n"].open_sessions == {1})
+    await new.step(0, 1)
+    assert np.array_equal((await new.result())[1], hidden(0, 1) + 1)
+    await new.stream.close()
+    await until(lambda: bench.executors["n"].open_sessions == set())
+    assert node.worker.sessions.cache_tokens_left == 128
+    assert not node.worker._opened_on
+
+
 async def test_a_client_that_goes_while_it_opens_leaves_nothing(bench: Bench) -> None:
     node = await bench.node("n")
     caller = await bench.call(node)
