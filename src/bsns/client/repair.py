@@ -120,8 +120,8 @@ class Repairs:
             start, end, hops = await self._find_hops(reader, start, end, unfit | self._spares.unready(reader))
             self._spares.changed(reader, [hop.peer for hop in hops])
         warm = spare.link if spare is not None else None
-        through = reader.through
-        old = session.route[start:end]
+        through, route = reader.through, session.route
+        old = route[start:end]
         staying = {hop.peer for hop in (*session.route[:start], *session.route[end:])}
         blocks = BlockRange(old[0].blocks.start, old[-1].blocks.end)
         reader.early.clear()
@@ -130,7 +130,7 @@ class Repairs:
         try:
             await self._attempt(reader, replacing, staying)
         except BaseException as error:
-            self._release(hops)
+            self._release(hops if session.route is route else old)
             if spare is not None:
                 self._spares.give_back(reader, spare)
             if not isinstance(error, BsnsError):
@@ -179,10 +179,10 @@ class Repairs:
             except BsnsError:
                 await rest
                 raise
-        finally:
-            attempt.cancel()
-            rest.cancel()
-            await asyncio.gather(attempt, rest, return_exceptions=True)
+        finally:  # without waiting: whoever is cancelled here after all would not know that the stages are replaced
+            for task in (attempt, rest):
+                task.cancel()
+                task.add_done_callback(_ignore)
 
     async def _find_hops(self, reader: Reader, start: int, end: int, unfit: set[PeerId]) -> tuple[int, int, Route]:
         """Who takes the place of which stages. No node is on a route twice: where only a neighbour has the lost blocks,
@@ -207,6 +207,12 @@ class Repairs:
 async def _wait_again(reader: Reader) -> None:
     await asyncio.sleep(min(MOST_AGAIN_S, AGAIN_S * 2**reader.setbacks))
     reader.setbacks += 1
+
+
+def _ignore(task: asyncio.Task[None]) -> None:
+    """What became of a task that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _wider(start: int, end: int, stages: int) -> list[tuple[int, int]]:
