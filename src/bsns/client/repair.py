@@ -173,6 +173,8 @@ class Repairs:
             await asyncio.wait((attempt, rest), return_when=asyncio.FIRST_COMPLETED)
             gone = [error for peer, error in reader.lost.items() if peer in staying and peer not in known]
             if gone and not attempt.done():
+                attempt.cancel()
+                await asyncio.wait((attempt,))  # it takes back what it has opened, before the next opens it again
                 raise gone[0]
             try:
                 await attempt
