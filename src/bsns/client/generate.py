@@ -452,7 +452,6 @@ class Generator:
         slow = reader.pace.turned(total_ms, [computing_ms for _, computing_ms in hops])
         if slow is None or reader.mending is not None or len(hops) != len(reader.session.route):
             return
-        reader.pace.rerouted(())  # whether it is replaced or, for want of others, kept
         peer = reader.session.route[slow].peer
         error = PeerSlow(f"node {peer} has become slow: it computes {hops[slow][1]:.0f} ms for a token")
         self._repairs.lose(reader, peer, error.about(peer))

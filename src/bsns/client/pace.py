@@ -19,6 +19,10 @@ SLOW_MS = 300.0
 """A stage that computes for less is left alone, however quick it was before, or should be."""
 
 
+MOST_SLOW = 3
+"""Of one answer's stages so many at most are found slow by what their nodes say."""
+
+
 class _Usual:
     """The least median of so many values in a row."""
 
@@ -54,6 +58,7 @@ class Pace:
         self._turns = _Usual()
         self._stages: list[_Usual] = []
         self._says_ms = says_ms
+        self._found_slow = 0
 
     @property
     def usual_s(self) -> float:
@@ -78,10 +83,12 @@ class Pace:
                 worst = stage.now / max(due_ms, 1e-3), number
         return worst[1]
 
-    def rerouted(self, says_ms: Sequence[float]) -> None:
-        """The stages are others: what they take has to be learnt anew."""
+    def rerouted(self, says_ms: Sequence[float], *, slow: bool = False) -> None:
+        """The stages are others: what they take has to be learnt anew. `slow`: a slow one was replaced, or kept. Where
+        that happens again and again all are, by what they say, and others would be as well: it is believed no more."""
         self._stages = []
-        self._says_ms = says_ms
+        self._found_slow += slow
+        self._says_ms = says_ms if self._found_slow < MOST_SLOW else ()
 
     def _said_ms(self, stage: int) -> float:
         said_ms = self._says_ms[stage] if stage < len(self._says_ms) else 0.0

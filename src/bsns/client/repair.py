@@ -94,6 +94,7 @@ class Repairs:
                     if still_there:
                         for peer in still_there:  # it is better than nobody
                             del reader.lost[peer]
+                        reader.pace.rerouted(())
                         continue
                     reader.trouble = type(error)(f"{error.message}; it is needed because {cause.message}")
                     unfit.clear()  # whoever was may be back
@@ -147,8 +148,7 @@ class Repairs:
                 unfit.update({error.peer} if error.peer in asked else asked)
             return
         self._release(old)
-        for hop in old:
-            reader.lost.pop(hop.peer, None)
+        slow = any(isinstance(reader.lost.pop(hop.peer, None), PeerSlow) for hop in old)
         reader.former.update(hop.peer for hop in old)
         reader.former.difference_update(hop.peer for hop in hops)
         for hop in hops:
@@ -156,7 +156,7 @@ class Repairs:
                 reader.lost[hop.peer] = reader.early[hop.peer]
         reader.early.clear()
         self.made += 1
-        reader.pace.rerouted([hop.says_ms for hop in session.route])
+        reader.pace.rerouted([hop.says_ms for hop in session.route], slow=slow)
         self.made_warm += spare is not None
         by = [hop.peer for hop in hops]
         log.info("a lost stage was replaced", blocks=str(blocks), by=by, again=through, warm=spare is not None)

@@ -529,7 +529,7 @@ class Worker:
                 self._block_times_s.extend(measuring.result())
             self._compute()
 
-        measuring = self._loop.run_in_executor(self._thread, time_blocks, executor, self._now_s)
+        measuring = self._loop.run_in_executor(self._thread, time_blocks, executor, self.block_time_s, self._now_s)
         measuring.add_done_callback(finish)
 
     def _spawn(self, coroutine: object) -> asyncio.Task[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bsns.client.pace import LATEST, WINDOW, Pace
+from bsns.client.pace import LATEST, MOST_SLOW, WINDOW, Pace
 
 QUICK = [20.0, 25.0, 15.0]
 
@@ -77,3 +77,14 @@ def test_a_turn_takes_no_longer_than_the_nodes_say_though_it_always_did() -> Non
     pace.turned(1300.0, [640.0, 640.0])
     assert pace.usual_s == pytest.approx(0.035)
     assert Pace([20.0, 0.0]).said_s == 0.0
+
+
+def test_where_all_are_slower_than_they_say_that_is_believed_no_more() -> None:
+    """On a machine that does too much at once one stage after the other would be replaced by its like."""
+    says, slow = [20.0, 15.0], [640.0, 640.0]
+    pace = Pace(says)
+    for _ in range(MOST_SLOW):
+        assert [pace.turned(1300.0, slow) for _ in range(LATEST)][-1] == 1
+        pace.rerouted(says, slow=True)
+    assert [pace.turned(1300.0, slow) for _ in range(20)] == [None] * 20
+    assert pace.said_s == 0.0

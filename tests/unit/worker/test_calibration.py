@@ -12,7 +12,7 @@ from bsns.core.ids import SessionId
 from bsns.model.stage import Stage
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.worker.batching import Batch
-from bsns.worker.calibration import CHUNK_ROWS, calibrate
+from bsns.worker.calibration import CHUNK_ROWS, calibrate, time_blocks
 from bsns.worker.throttle import ThrottledExecutor
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -77,3 +77,11 @@ def test_real_layers(tiny_model: Callable[[str], Path]) -> None:
     executor = TorchExecutor(Stage(tiny_model("llama"), BlockRange(0, 2), dtype="float32"), dtype="float32")
     found = calibrate(executor)
     assert 0 < found.prefill_time_s < found.block_time_s < 1
+
+
+@pytest.mark.parametrize(("block_s", "blocks", "runs"), [(0.001, 40, 4), (0.04, 7, 4), (5.0, 1, 1)])
+def test_a_node_at_rest_is_timed_shortly(block_s: float, blocks: int, runs: int) -> None:
+    executor = Clocked(40, block_s, 0.0)
+    found = time_blocks(executor, block_s, lambda: executor.now_s)
+    assert found == pytest.approx([block_s] * max(1, runs - 1))
+    assert [len(batch.blocks) for batch in executor.batches] == [blocks] * runs
