@@ -20,7 +20,7 @@ def outcome(*faults: Fault, more: int = 0) -> Outcome:
             name="turns",
             seed=3,
             duration_s=DURATION_S,
-            model=Model(blocks=12),
+            model=Model(blocks=12, context_tokens=64),
             ways=Ways(round_trip_ms=40.0),
             nodes=tuple(
                 Nodes(count=1, blocks=blocks, cache_tokens=PLACES * 64) for blocks in [*ranges, *ranges[:more]]
