@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ from bsns.core.ids import PeerId
 from bsns.protocol.inference import There
 
 LATE_S = 0.3
-"""Nobody is blamed who has stood still for less."""
+"""Nobody is blamed who has stood still, or lacked something, for less."""
+MOVING_S = 15.0
+"""For so long a stage may lack what is seen to be on its way."""
 SLOW_FACTOR = 10.0
 SLOW_S = 1.0
 """A stage is slow that stands still, with a step to compute, for so many of the usual turns, and for so long."""
@@ -25,18 +28,19 @@ class _Seen:
     since_s: float
     taken: int
     """Of the bytes that it was sent."""
+    lacks_since_s: float = math.inf
+    """When it was first seen to lack what the one before has done."""
 
 
 class Progress:
-    """What is known of one session's progress on each of its stages since something came through last."""
+    """What is known of one session's progress on each of its stages since something came through last, or since its
+    route is as it is."""
 
     def __init__(self) -> None:
         self._seen: dict[PeerId, _Seen] = {}
-        self._taken = -1
-        """Bytes that the last stage has sent and we have taken."""
 
     def clear(self) -> None:
-        """Something has come through."""
+        """Something has come through, or the route is another."""
         self._seen.clear()
 
     def fault(
@@ -54,27 +58,31 @@ class Progress:
         `usual_s`: what a turn takes otherwise, 0 where that is not known.
         """
         still_s: dict[PeerId, float] = {}
-        moving: dict[PeerId, bool] = {}
-        """Whether what a stage is sent is on its way, over a slow one."""
+        lacks_s: dict[PeerId, float] = {}
+        """For how long a stage lacks what the one before has sent, where that is not on its way over a slow one."""
+        before = sent
         for peer in route:
             seen, now = self._seen.get(peer), there[peer]
             if seen is None or (seen.given, seen.done) != (now.given, now.done):
                 seen = self._seen[peer] = _Seen(now.given, now.done, now_s, seen.taken if seen is not None else -1)
             still_s[peer] = now_s - seen.since_s
-            moving[peer] = seen.taken < onward[1] < onward[0]
-            seen.taken, onward = onward[1], now.onward
-        coming, self._taken = self._taken < onward[1] < onward[0], onward[1]
+            # not since it stands still: it may have waited for the one before, and what that sent be on its way
+            seen.lacks_since_s = min(seen.lacks_since_s, now_s) if now.given < before else math.inf
+            lacks_s[peer] = max(0.0, now_s - seen.lacks_since_s)
+            if seen.taken < onward[1] < onward[0] and lacks_s[peer] < MOVING_S:
+                lacks_s[peer] = 0.0
+            seen.taken, onward, before = onward[1], now.onward, now.done
         slow_s = max(SLOW_S, SLOW_FACTOR * usual_s) if usual_s > 0 else SLOW_AT_FIRST_S
         before = sent
         for peer in route:
             now = there[peer]
             if now.given < 0:
                 return peer, UnknownSession(f"node {peer} does not have the session any more")
-            if now.given < before and still_s[peer] >= LATE_S and not moving[peer]:
+            if lacks_s[peer] >= LATE_S:
                 return peer, PeerTimedOut(f"node {peer} does not get what it is sent")
             if now.done < now.given and still_s[peer] >= slow_s:
                 return peer, PeerSlow(f"node {peer} has computed nothing for {still_s[peer]:.1f} s")
             before = now.done
-        if before >= sent and min(still_s.values()) >= LATE_S and not coming:
+        if before >= sent and min(still_s.values()) >= LATE_S:
             return route[-1], PeerTimedOut(f"node {route[-1]} has computed the step, but its answer does not come")
         return None

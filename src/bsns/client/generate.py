@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import structlog
 import torch
 
 from bsns.client.decoder import SHORT_S, Answer, Arrived, Decoder, Turned
@@ -45,6 +46,8 @@ from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
+
+log = structlog.get_logger(__name__)
 
 UNREACHED_S = 6.0
 AGAIN_S = 0.5
@@ -234,8 +237,9 @@ class Generator:
         self._links.shut()
         for reader in list(self._readers.values()):
             reader.heard.put_nowait(PeerLost("the client was closed"))
-            if reader.mending is not None:
-                reader.mending.cancel()
+            for task in (reader.looking, reader.mending):
+                if task is not None:
+                    task.cancel()
             await self._spares.end(reader)
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._links.close()
@@ -316,9 +320,10 @@ class Generator:
         self._spawn(self._free(reader))
 
     async def _free(self, reader: Reader) -> None:
-        if reader.mending is not None:
-            reader.mending.cancel()
-            await asyncio.gather(reader.mending, return_exceptions=True)
+        for task in (reader.looking, reader.mending):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         self._release(reader.session.route)
         await asyncio.gather(self._spares.end(reader), reader.session.close())
 
@@ -370,7 +375,8 @@ class Generator:
                     give_up_s = loop.time() + self._deadline_s  # part of a prompt came through: it goes on
             except TimeoutError:
                 if loop.time() < give_up_s:
-                    await self._repairs.watch.look(reader)
+                    if reader.looking is None or reader.looking.done():
+                        reader.looking = asyncio.create_task(self._look(reader))
                     continue
                 if reader.trouble is not None:
                     raise reader.trouble from None
@@ -381,6 +387,13 @@ class Generator:
         if not isinstance(item, kind):
             raise TypeError(f"{type(item).__name__} for a reader of {kind.__name__}")
         return item
+
+    async def _look(self, reader: Reader) -> None:
+        try:
+            await self._repairs.watch.look(reader)
+        except Exception as error:
+            log.exception("looking after an answer's stages failed")
+            reader.heard.put_nowait(PeerFailed(f"looking after the stages failed: {error!r}"))
 
     def _step(self, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> tuple[Step, list[memoryview]]:
         parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)

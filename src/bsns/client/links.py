@@ -73,7 +73,8 @@ class Link:
         self._closing: dict[SessionId, asyncio.Future[int]] = {}
         self._rerouting: dict[SessionId, asyncio.Future[None]] = {}
         self._mirroring: dict[tuple[SessionId, PeerId | None], asyncio.Future[None]] = {}
-        self._wheres: dict[SessionId, asyncio.Future[There]] = {}
+        self._wheres: dict[SessionId, list[asyncio.Future[There]]] = {}
+        """Answered in their order, whoever asks, and whether that is still waited for."""
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._probes: dict[int, asyncio.Future[float]] = {}
         self._descriptions: list[asyncio.Future[Description]] = []
@@ -107,7 +108,9 @@ class Link:
 
     async def where(self, session: SessionId, deadline_s: float) -> There:
         """How far a session has come on the node. Raises PeerTimedOut, PeerLost."""
-        return await self._ask(self._wheres, session, Where(session), deadline_s)
+        future: asyncio.Future[There] = asyncio.get_running_loop().create_future()
+        self._wheres.setdefault(session, []).append(future)
+        return await self._wait(future, Where(session), deadline_s)
 
     async def ping(self, deadline_s: float = 2.0) -> float:
         """Round-trip time in seconds. Raises PeerTimedOut, PeerLost."""
@@ -164,7 +167,8 @@ class Link:
         try:
             return await self._wait(future, message, deadline_s, buffers)
         finally:
-            waiting.pop(key, None)
+            if waiting.get(key) is future:
+                del waiting[key]
 
     async def _wait(
         self, future: asyncio.Future[T], message: Message, deadline_s: float, buffers: Sequence[Buffer] = ()
@@ -184,6 +188,9 @@ class Link:
                     return await asyncio.shield(future)
             except TimeoutError:
                 pass
+            except asyncio.CancelledError:
+                future.cancel()  # what comes is for nobody
+                raise
             moves = before < end and self._stream.sent().taken > before
             if not moves or self._clock.now_s() > give_up_s:
                 future.cancel()
@@ -220,7 +227,11 @@ class Link:
             case Closed():
                 _settle(self._closing.get(message.session), message.cache_tokens_left)
             case There():
-                _settle(self._wheres.get(message.session), message)
+                asked = self._wheres.get(message.session, [])
+                if asked:
+                    _settle(asked.pop(0), message)
+                if not asked:
+                    self._wheres.pop(message.session, None)
             case Pong():
                 _settle(self._pings.get(message.nonce), None)
             case Probed():
@@ -248,7 +259,7 @@ class Link:
             *self._closing.values(),
             *self._rerouting.values(),
             *self._mirroring.values(),
-            *self._wheres.values(),
+            *(future for asked in self._wheres.values() for future in asked),
             *self._pings.values(),
             *self._probes.values(),
             *self._descriptions,

@@ -56,6 +56,8 @@ class Pace:
     def __init__(self, says_ms: Sequence[float] = ()) -> None:
         """`says_ms`: what each stage's node says that a token takes it, 0 where that is not known."""
         self._turns = _Usual()
+        self._beside = _Usual()
+        """What a turn takes beside its stages' computing: ways, and waiting."""
         self._stages: list[_Usual] = []
         self._says_ms = says_ms
         self._found_slow = 0
@@ -63,7 +65,8 @@ class Pace:
     @property
     def usual_s(self) -> float:
         """What a turn takes when nothing is wrong, no more than its nodes say; 0 where there has been none yet."""
-        return min(self._turns.so_far / 1e3, self.said_s or math.inf)
+        said_s = self.said_s + self._beside.so_far / 1e3 if self.said_s else math.inf
+        return min(self._turns.so_far / 1e3, said_s)
 
     @property
     def said_s(self) -> float:
@@ -73,6 +76,7 @@ class Pace:
     def turned(self, total_ms: float, computing_ms: Sequence[float]) -> int | None:
         """Take note of a turn and of how long each stage computed for it; the stage that straggles, if one does."""
         self._turns.add(total_ms)
+        self._beside.add(max(0.0, total_ms - sum(computing_ms)))
         if len(computing_ms) != len(self._stages):
             self._stages = [_Usual() for _ in computing_ms]
         worst: tuple[float, int | None] = (SLOW_FACTOR, None)

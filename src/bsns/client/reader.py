@@ -52,6 +52,8 @@ class Reader:
         self.deaf_since_s: float | None = None
         """Since when no stage has answered."""
         self.mending: asyncio.Task[None] | None = None
+        self.looking: asyncio.Task[None] | None = None
+        """Asks the stages, while a step is overdue."""
 
     def came_through(self, end: int) -> None:
         """So many tokens have come through all stages by now."""

@@ -148,7 +148,7 @@ class Repairs:
                 unfit.update({error.peer} if error.peer in asked else asked)
             return
         self._release(old)
-        slow = any(isinstance(reader.lost.pop(hop.peer, None), PeerSlow) for hop in old)
+        failures = [reader.lost.pop(hop.peer, None) for hop in old]
         reader.former.update(hop.peer for hop in old)
         reader.former.difference_update(hop.peer for hop in hops)
         for hop in hops:
@@ -156,6 +156,8 @@ class Repairs:
                 reader.lost[hop.peer] = reader.early[hop.peer]
         reader.early.clear()
         self.made += 1
+        reader.progress.clear()
+        slow = any(isinstance(error, PeerSlow) for error in failures)
         reader.pace.rerouted([hop.says_ms for hop in session.route], slow=slow)
         self.made_warm += spare is not None
         by = [hop.peer for hop in hops]

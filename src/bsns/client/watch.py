@@ -19,6 +19,8 @@ OWN_NETWORK_S = 4.0
 """For so long our own network is to blame where no stage of a session answers."""
 PING_S = 0.75
 """Who does not answer such a question in this time is lost."""
+TOGETHER_S = 0.02
+"""Those who are found silent within this time are replaced together."""
 
 Lose = Callable[[Reader, PeerId, BsnsError], None]
 
@@ -35,38 +37,52 @@ class Watch:
         """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
         if reader.mending is not None:
             return
-        sent = reader.sent
-        route = [hop.peer for hop in reader.session.route]
-        there, silent = await self._ask_all(reader)
-        if reader.mending is not None or reader.through >= sent or await self._is_own_network(reader, len(there)):
+        sent, route = reader.sent, reader.session.route
+        there, silent, answering = await self._ask_all(reader)
+        own_network = await self._is_own_network(reader, answering)
+        if own_network or reader.mending is not None or reader.session.route is not route or reader.through >= sent:
             return
         if silent:
             await self._lose_all(reader, silent)
             return
         usual_s = reader.pace.usual_s or (reader.pace.said_s if sent - reader.through == 1 else 0.0)
-        found = reader.progress.fault(sent, reader.session.first.sent(), route, there, usual_s, self._clock.now_s())
+        found = reader.progress.fault(
+            sent, reader.session.first.sent(), [hop.peer for hop in route], there, usual_s, self._clock.now_s()
+        )
         if found is not None:
             peer, error = found
             self._lose(reader, peer, error.about(peer))
 
     async def look_at_rest(self, reader: Reader) -> None:
         """While a stage is being replaced: ask the others whether they are there. Who is silent is lost too."""
-        there, silent = await self._ask_all(reader)
-        if silent and not await self._is_own_network(reader, len(there)):
-            await self._lose_all(reader, silent)
+        _, silent, answering = await self._ask_all(reader)
+        if silent and not await self._is_own_network(reader, answering):
+            await self._lose_all(reader, {link: e for link, e in silent.items() if link in reader.session.links})
 
-    async def _ask_all(self, reader: Reader) -> tuple[dict[PeerId, There], dict[Link, BsnsError]]:
-        """What the stages that are not lost say, and who of them says nothing."""
-        id_, links = reader.session.id, [link for link in reader.session.links if link.peer not in reader.lost]
-        answers = await asyncio.gather(*(self._ask(id_, link) for link in links))
+    async def _ask_all(self, reader: Reader) -> tuple[dict[PeerId, There], dict[Link, BsnsError], int]:
+        """What the stages that are not lost say, who of them says nothing, and how many are not silent. Where somebody
+        is, others are not waited for to which the question is still on its way."""
+        links = [link for link in reader.session.links if link.peer not in reader.lost]
+        asked = {link: asyncio.create_task(self._ask(reader.session.id, link)) for link in links}
         there: dict[PeerId, There] = {}
         silent: dict[Link, BsnsError] = {}
-        for link, answer in zip(links, answers, strict=True):
+        try:
+            for answered in asyncio.as_completed(asked.values()):
+                if isinstance(await answered, BsnsError):
+                    await asyncio.sleep(TOGETHER_S)
+                    break
+        finally:
+            for task in asked.values():
+                task.cancel()
+        for link, task in asked.items():
+            if not task.done() or task.cancelled():
+                continue
+            answer = task.result()
             if isinstance(answer, There):
                 there[link.peer] = answer
             else:
                 silent[link] = PeerTimedOut(f"node {link.peer} fell silent: {answer.message}").about(link.peer)
-        return there, silent
+        return there, silent, len(links) - len(silent)
 
     async def _lose_all(self, reader: Reader, silent: dict[Link, BsnsError]) -> None:
         for link, error in silent.items():  # all at once, so that they are replaced together

@@ -149,8 +149,8 @@ class There(msgspec.Struct, frozen=True, tag="there"):
     done: int
     """How many of them it has computed."""
     onward: tuple[int, int] = (0, 0)
-    """Bytes that it has sent to the next stage, or the last one to the client, of whatever session, and those of them
-    that its host has taken: a slow way, if these become more."""
+    """Bytes that it has sent to the next stage, of whatever session, and those of them that its host has taken: a slow
+    way, if these become more."""
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):

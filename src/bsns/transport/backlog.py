@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
+import sys
 
 try:
     import fcntl
     import termios
 except ImportError:  # no POSIX system: what lies in the kernel's hands is not seen
     fcntl = None  # type: ignore[assignment]
+
+SO_NWRITE = 0x1024
+"""Darwin's, in its sys/socket.h; Python has no name for it."""
 
 _INT = struct.Struct("i")
 
@@ -22,6 +27,8 @@ def backlog(transport: asyncio.Transport | asyncio.WriteTransport) -> int:
     if raw is None or fcntl is None or raw.fileno() < 0:
         return waiting
     try:
+        if sys.platform == "darwin":
+            return waiting + raw.getsockopt(socket.SOL_SOCKET, SO_NWRITE)
         held: bytes = fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, bytes(_INT.size))
     except OSError:
         return waiting

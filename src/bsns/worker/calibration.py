@@ -56,14 +56,15 @@ def calibrate(executor: Executor, *, clock: Callable[[], float] = time.perf_coun
     return Calibration(block_time_s, chunk_s / rows)
 
 
-def time_blocks(executor: Executor, expected_s: float, clock: Callable[[], float]) -> list[float]:
+def time_blocks(executor: Executor, clock: Callable[[], float]) -> list[float]:
     """What an average block takes for one new token, a few times after a warm-up: in a node that serves already, whose
-    steps have to wait meanwhile. Of a node that is expected to be slow fewer blocks are timed."""
-    count = max(1, min(len(executor.blocks), math.floor(BUDGET_S / max(expected_s, 1e-9))))
+    steps have to wait meanwhile. Of a node that turns out to be slow fewer blocks are timed."""
+    first_s = _run_s(executor, BlockRange(executor.blocks.start, executor.blocks.start + 1), 1, clock)
+    count = min(len(executor.blocks), math.floor(BUDGET_S / max(first_s, 1e-9)))
+    if count < 1:
+        return [first_s]
     blocks = BlockRange(executor.blocks.start, executor.blocks.start + count)
-    warm_s = _run_s(executor, blocks, 1, clock)
-    if warm_s > BUDGET_S:
-        return [warm_s / count]
+    _run_s(executor, blocks, 1, clock)
     return [_run_s(executor, blocks, 1, clock) / count for _ in range(RETIMED)]
 
 

@@ -49,9 +49,9 @@ class Relay:
         except BsnsError as error:
             raise error.about(peer) from None
 
-    def sent(self, peer: PeerId) -> tuple[int, int]:
+    def sent(self, peer: PeerId | None) -> tuple[int, int]:
         """How many bytes a peer was sent over the stream there is, and how many of them it has taken."""
-        stream = self._streams.get(peer)
+        stream = self._streams.get(peer) if peer is not None else None
         return stream.sent() if stream is not None else (0, 0)
 
     def _stream(self, peer: PeerId) -> Stream:

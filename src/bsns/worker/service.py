@@ -60,6 +60,7 @@ MEASURED = 15
 BUSY_S = 1.0
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
+FAR_OFF = 2.0
 REST_S = 60.0
 """A node that has computed nothing for so long measures how fast it is: nobody comes to one that says it is slow."""
 
@@ -92,7 +93,7 @@ class Worker:
         self._relay = Relay(dial, self._on_next_failure, self._on_next_lost)
         self._batcher = Batcher()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._busy = False
+        self._busy = self._closed = False
         self._clients: dict[PeerId, Stream] = {}
         self._opened_on: dict[SessionId, Stream] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
@@ -188,7 +189,7 @@ class Worker:
 
     async def close(self) -> None:
         """Stop computing and close every stream to neighbours."""
-        self._busy = True  # no batch starts any more
+        self._closed = True
         for task in list(self._tasks):
             task.cancel()
         await self._relay.close()
@@ -210,7 +211,7 @@ class Worker:
                 if session is None or not ours:
                     there = There(message.session, -1, -1)
                 else:
-                    there = There(message.session, session.end, session.done, self._onward(stream, session))
+                    there = There(message.session, session.end, session.done, self._relay.sent(session.next))
                 self._post(stream, there)
             case Close():
                 if self.sessions.close(message.session, stream.peer):
@@ -224,10 +225,6 @@ class Worker:
                 self._post(stream, Probed(message.nonce, self._probe_wait_s(stream.peer, buffers)))
             case _:
                 raise BadFrame(f"a stage does not take {type(message).__name__}")
-
-    def _onward(self, client: Stream, session: Session) -> tuple[int, int]:
-        """See There.onward."""
-        return self._relay.sent(session.next) if session.next is not None else client.sent()
 
     def _probe_wait_s(self, peer: PeerId, buffers: Sequence[memoryview]) -> float:
         """How long a peer must wait before we take its probe; 0 if it was taken. Raises BadFrame for a flood."""
@@ -351,9 +348,16 @@ class Worker:
             self._batcher.add(work)
         self._loop.call_soon(self._compute)  # not now: frames that lie ready beside this one join its batch
 
+    def _take_measured(self, times_s: Sequence[float]) -> None:
+        """Few of them against many old ones would leave a node for long with what it was."""
+        now_s = statistics.median(times_s)
+        if not self.block_time_s / FAR_OFF <= now_s <= self.block_time_s * FAR_OFF:
+            self.block_time_s = now_s
+        self._block_times_s.extend(times_s)
+
     def _compute(self) -> None:
         """Run the next batch, if none runs and one waits."""
-        if self._busy or (batch := self._batcher.next_batch(self._now_s())) is None:
+        if self._busy or self._closed or (batch := self._batcher.next_batch(self._now_s())) is None:
             return
         self._busy = True
         held = batch.works[0].session.held
@@ -526,10 +530,10 @@ class Worker:
             if (error := measuring.exception()) is not None:
                 log.warning("a node could not measure itself", reason=repr(error))
             else:
-                self._block_times_s.extend(measuring.result())
+                self._take_measured(measuring.result())
             self._compute()
 
-        measuring = self._loop.run_in_executor(self._thread, time_blocks, executor, self.block_time_s, self._now_s)
+        measuring = self._loop.run_in_executor(self._thread, time_blocks, executor, self._now_s)
         measuring.add_done_callback(finish)
 
     def _spawn(self, coroutine: object) -> asyncio.Task[None]:

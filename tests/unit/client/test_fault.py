@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bsns.client.fault import Progress
+from bsns.client.fault import MOVING_S, Progress
 from bsns.core.errors import BsnsError, PeerSlow, PeerTimedOut, UnknownSession
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.inference import There
@@ -17,8 +17,7 @@ Look = tuple[tuple[int, int], ...]
 def judged(*looks: Look, usual_s: float = 0.02) -> tuple[str, type[BsnsError]] | None:
     progress, found = Progress(), None
     for number, look in enumerate(looks):
-        there = {peer: There(SessionId(1), *far) for peer, far in zip(ROUTE, look, strict=True)}
-        found = progress.fault(SENT, (0, 0), ROUTE, there, usual_s, 0.5 * number)
+        found = progress.fault(SENT, (0, 0), ROUTE, _there(look), usual_s, 0.5 * number)
     return found and (found[0], type(found[1]))
 
 
@@ -70,13 +69,41 @@ def test_what_is_on_its_way_over_a_slow_one_is_not_late() -> None:
     assert judged_at((900, 100), (900, 900), (900, 900)) is not None, "everything has arrived, says the host"
 
 
-def test_a_prompt_on_its_way_to_the_first_stage_and_rows_on_their_way_back_are_not_late() -> None:
+def test_a_prompt_on_its_way_to_the_first_stage_is_not_late_for_a_while() -> None:
     far = {peer: There(SessionId(1), 4, 4) for peer in ROUTE}
     progress = Progress()
     assert progress.fault(SENT, (900, 100), ROUTE, far, 0.02, 0.0) is None
     assert progress.fault(SENT, (900, 200), ROUTE, far, 0.02, 0.5) is None
     assert progress.fault(SENT, (900, 200), ROUTE, far, 0.02, 1.0) is not None
     progress = Progress()
+    looks = [progress.fault(SENT, (900, 100 + look), ROUTE, far, 0.02, look) for look in range(20)]
+    assert looks[: int(MOVING_S)] == [None] * int(MOVING_S), "it leaves"
+    assert looks[-1] is not None, "it only seems to"
+
+
+def test_who_has_waited_for_the_one_before_has_a_moment_to_get_the_step() -> None:
+    progress = Progress()
+    looks = [(ALL, (10, 9), (9, 9)), (ALL, ALL, (9, 9)), (ALL, ALL, (9, 9))]
+    found = [progress.fault(SENT, (0, 0), ROUTE, _there(look), 1.0, 0.5 * number) for number, look in enumerate(looks)]
+    assert found[:2] == [None, None]
+    assert found[2] is not None
+
+
+def test_after_a_repair_progress_is_seen_anew() -> None:
+    """What a stage was sent by the former one before it is no measure of what the new one sends."""
+    progress = Progress()
+    before = {
+        peer: There(SessionId(1), *far, (9000, 9000)) for peer, far in zip(ROUTE, (ALL, ALL, (9, 9)), strict=True)
+    }
+    progress.fault(SENT, (0, 0), ROUTE, before, 0.02, 0.0)
+    progress.clear()
     for look, taken in enumerate((100, 200, 300)):
-        back = {peer: There(SessionId(1), 10, 10, (900, taken) if peer == "c" else (0, 0)) for peer in ROUTE}
-        assert progress.fault(SENT, (0, 0), ROUTE, back, 0.02, 0.5 * look) is None
+        there = {
+            peer: There(SessionId(1), *far, onward)
+            for peer, far, onward in zip(ROUTE, (ALL, ALL, (9, 9)), ((0, 0), (900, taken), (0, 0)), strict=True)
+        }
+        assert progress.fault(SENT, (0, 0), ROUTE, there, 0.02, 0.5 + 0.5 * look) is None
+
+
+def _there(look: Look) -> dict[PeerId, There]:
+    return {peer: There(SessionId(1), *far) for peer, far in zip(ROUTE, look, strict=True)}

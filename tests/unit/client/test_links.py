@@ -28,6 +28,8 @@ from bsns.protocol.inference import (
     Ping,
     Pong,
     Result,
+    There,
+    Where,
 )
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import TensorSpec
@@ -344,3 +346,18 @@ async def test_closing_bears_dead_and_silent_stages(scene: Scene) -> None:
     scene.network.kill(PeerId("a"))
     await session.close(0.05)
     assert nodes["c"].said(Close) == [Close(session.id)]
+
+
+async def test_two_that_ask_how_far_a_session_is_both_hear_it(scene: Scene) -> None:
+    node = await scene.node("n")
+    link = await scene.link("n")
+    node.answers[Where] = lambda m: None
+    given_up = asyncio.create_task(link.where(SessionId(1), DEADLINE_S))
+    await until(lambda: len(node.said(Where)) == 1)
+    given_up.cancel()
+    both = [asyncio.create_task(link.where(SessionId(1), DEADLINE_S)) for _ in range(2)]
+    await until(lambda: len(node.said(Where)) == 3)
+    for far in (3, 4, 5):
+        await node.streams[0].send(There(SessionId(1), far, far))
+    assert [(await told).given for told in both] == [4, 5], "the first answer is that to the first question"
+    assert not link._wheres

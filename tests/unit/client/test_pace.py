@@ -75,7 +75,10 @@ def test_a_turn_takes_no_longer_than_the_nodes_say_though_it_always_did() -> Non
     pace = Pace([20.0, 15.0])
     assert (pace.usual_s, pace.said_s) == (0.0, pytest.approx(0.035))
     pace.turned(1300.0, [640.0, 640.0])
-    assert pace.usual_s == pytest.approx(0.035)
+    assert pace.usual_s == pytest.approx(0.055), "with the ways"
+    pace = Pace([20.0, 15.0])
+    pace.turned(1600.0, [20.0, 15.0])
+    assert pace.usual_s == pytest.approx(1.6), "ways of which no node says anything"
     assert Pace([20.0, 0.0]).said_s == 0.0
 
 

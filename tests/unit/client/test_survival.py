@@ -15,7 +15,7 @@ from tiny_models import prompt
 from bsns.client.generate import CHUNK_ROWS, Generator, Piece, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerLost, PromptTooLong
+from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerLost, PeerSlow, PeerTimedOut, PromptTooLong
 from bsns.core.ids import PeerId
 from bsns.protocol.inference import Open
 from bsns.transport.port import Stream
@@ -268,6 +268,20 @@ async def test_a_node_that_grows_slow_is_replaced_if_it_can_be(scene: Scene, wit
     assert tokens + await asyncio.wait_for(rest(stream), 20) == undisturbed
     assert stats.route[1].peer == ("b1" if with_spare else "a1")
     await until(lambda: not worker._busy)
+    await scene.freed()
+
+
+async def test_a_slow_stage_and_the_next_are_replaced_together(scene: Scene) -> None:
+    await scene.start(*ALL)
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    client, stats = scene.client(), Stats()
+    stream = client.stream(prompt(9), GREEDY, stats)
+    tokens = [(await anext(stream)).token for _ in range(5)]
+    (reader,) = client._readers.values()
+    client._repairs.lose(reader, PeerId("a0"), PeerSlow("it is slow").about(PeerId("a0")))
+    client._repairs.lose(reader, PeerId("a1"), PeerTimedOut("it is silent").about(PeerId("a1")))
+    assert tokens + await rest(stream) == undisturbed
+    assert [hop.peer for hop in stats.route] == ["b0", "b1", "a2"]
     await scene.freed()
 
 
