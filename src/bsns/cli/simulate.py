@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,12 +47,19 @@ def simulate(
         with doing("simulating", quiet=as_json) as say:
             loop = asyncio.get_running_loop()
             figures: list[dict[str, Any]] = []
-            with ProcessPoolExecutor(min(jobs, runs), get_context("spawn")) as pool:
+            pool = ProcessPoolExecutor(min(jobs, runs), get_context("spawn"))
+            try:
                 running = [loop.run_in_executor(pool, _one, text, began + n, plot is not None) for n in range(runs)]
                 for run_ in running:
                     done, drawn = await run_
                     figures.append(done)
                     say(f"{len(figures)} of {runs} simulated")
+            except BaseException:  # whoever ends this does not want to wait for what runs
+                for child in active_children():
+                    child.terminate()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
             if plot is not None:
                 write_file(plot, drawn)
         if as_json:

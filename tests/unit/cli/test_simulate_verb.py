@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -66,3 +70,23 @@ def test_a_scenario_that_cannot_be_is_one_line(tiny: Path, text: str, said: str)
 def test_files_and_options_that_make_no_sense(tiny: Path, tmp_path: Path) -> None:
     assert run(str(tmp_path / "none.toml"))[0] == 2
     assert run(str(tiny), "--runs", "2", "--plot", "x.svg")[0] == 2
+
+
+def test_whoever_ends_it_waits_for_no_run(tmp_path: Path) -> None:
+    file = tmp_path / "long.toml"
+    file.write_text(TINY.replace("duration_s = 2.0", "duration_s = 1000000.0"))
+    command = [sys.executable, "-m", "bsns.cli.main", "simulate", str(file), "--runs", "4", "--jobs", "2", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            give_up_s = time.monotonic() + 60.0
+            workers: list[psutil.Process] = []
+            while len(workers) < 2 and time.monotonic() < give_up_s:
+                here = psutil.Process(process.pid).children()
+                workers = [child for child in here if child.cpu_times().user > 1.0]  # past its imports
+                time.sleep(0.05)
+            assert len(workers) == 2
+            process.terminate()
+            process.wait(10.0)
+            assert psutil.wait_procs(workers, 5.0)[1] == []
+        finally:
+            process.kill()
