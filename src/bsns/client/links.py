@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
@@ -175,26 +176,24 @@ class Link:
     ) -> T:
         """What a question's future brings. Its time has not begun while the question itself is still on its way: a slow
         one, behind a long prompt say."""
-        if self.lost is not None:
-            raise self.lost
-        ahead = self._stream.sent()
-        self._stream.post(message, buffers)
-        end = self._stream.sent().given if ahead.taken < ahead.given else 0
-        give_up_s = self._clock.now_s() + MOST_UNDERWAY_S
-        while True:
-            before = self._stream.sent().taken
-            try:
-                async with asyncio.timeout(deadline_s):
-                    return await asyncio.shield(future)
-            except TimeoutError:
-                pass
-            except asyncio.CancelledError:
-                future.cancel()  # what comes is for nobody
-                raise
-            moves = before < end and self._stream.sent().taken > before
-            if not moves or self._clock.now_s() > give_up_s:
-                future.cancel()
-                raise PeerTimedOut(f"node {self.peer} did not answer {type(message).__name__} within {deadline_s:g} s")
+        try:
+            if self.lost is not None:
+                raise self.lost
+            ahead = self._stream.sent()
+            self._stream.post(message, buffers)
+            end = self._stream.sent().given if ahead.taken < ahead.given else 0
+            give_up_s = self._clock.now_s() + MOST_UNDERWAY_S
+            while True:
+                before = self._stream.sent().taken
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(deadline_s):
+                        return await asyncio.shield(future)
+                moves = before < end and self._stream.sent().taken > before
+                if not moves or self._clock.now_s() > give_up_s:
+                    break
+        finally:
+            future.cancel()  # what comes later is for nobody
+        raise PeerTimedOut(f"node {self.peer} did not answer {type(message).__name__} within {deadline_s:g} s")
 
     async def _read(self) -> None:
         try:

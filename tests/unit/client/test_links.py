@@ -361,3 +361,14 @@ async def test_two_that_ask_how_far_a_session_is_both_hear_it(scene: Scene) -> N
         await node.streams[0].send(There(SessionId(1), far, far))
     assert [(await told).given for told in both] == [4, 5], "the first answer is that to the first question"
     assert not link._wheres
+
+
+async def test_a_question_over_a_closed_stream_is_nobodys_any_more(scene: Scene) -> None:
+    """An error that is set on it later would be one that nobody has read."""
+    await scene.node("n")
+    link = await scene.link("n")
+    await link._stream.close()
+    with pytest.raises(PeerLost):
+        await link.where(SessionId(1), DEADLINE_S)
+    await link.give_up(PeerTimedOut("it fell silent"))
+    assert all(future.cancelled() for asked in link._wheres.values() for future in asked)
