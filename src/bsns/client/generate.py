@@ -53,6 +53,10 @@ UNREACHED_S = 6.0
 AGAIN_S = 0.5
 """Whom a node could not dial once, for it was just coming up, it does not dial again for 5 s (libp2p's backoff)."""
 
+OPEN_S = 5.0
+"""What one attempt to open a session may take: then whoever did not answer is avoided in the next."""
+LEAST_S = 3.0
+"""What an answer has for its first token in any case, however long opening took."""
 ROOM_S = 6.0
 """How long an answer that finds no room waits for some, before it is refused."""
 FIRST_LOOK_S = 0.05
@@ -194,7 +198,7 @@ class Generator:
                 self._spares.keep(reader)
             detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
             while True:
-                turned = await self._hear(reader, Turned)
+                turned = await self._hear(reader, Turned, 0.0 if stats.tokens else self._clock.now_s() - started_s)
                 now_s = self._clock.now_s()
                 stats.tokens += 1
                 if stats.tokens == 1:
@@ -248,20 +252,21 @@ class Generator:
     async def _open(self, max_tokens: int) -> Session:
         """A session on the best route, as soon as there is room for it. Raises CacheFull if there is none within
         `ROOM_S`, at once where there cannot be any, and what `_open_somewhere` does."""
+        give_up_s = self._clock.now_s() + self._deadline_s
         refusal: CacheFull | None = None
         if not self._waiting.locked():  # otherwise others wait, and come first
             try:
-                return await self._open_somewhere(max_tokens)
+                return await self._open_somewhere(max_tokens, give_up_s)
             except CacheTooSmall:
                 raise
             except CacheFull as error:
                 refusal = error
         try:
-            async with asyncio.timeout(min(ROOM_S, self._deadline_s)), self._waiting:
+            async with asyncio.timeout(max(0.0, min(ROOM_S, give_up_s - self._clock.now_s()))), self._waiting:
                 look_s = FIRST_LOOK_S
                 while True:
                     try:
-                        return await self._open_somewhere(max_tokens, in_line=True)
+                        return await self._open_somewhere(max_tokens, give_up_s, in_line=True)
                     except CacheTooSmall:
                         raise
                     except CacheFull as error:
@@ -272,14 +277,13 @@ class Generator:
             why = refusal.message if refusal is not None else "others wait for room before this answer"
             raise CacheFull(f"the swarm is full: {why}; ask again later, or add a node") from None
 
-    async def _open_somewhere(self, max_tokens: int, *, in_line: bool = False) -> Session:
+    async def _open_somewhere(self, max_tokens: int, give_up_s: float, *, in_line: bool = False) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
-        after the deadline. Where somebody cannot be reached and nobody else is left, all are tried again for a while.
+        after `give_up_s`. Where somebody cannot be reached and nobody else is left, all are tried again for a while.
 
         `in_line`: stages that announced that they are full are asked too, for that may be over.
         """
         began_s = self._clock.now_s()
-        give_up_s = began_s + self._deadline_s
         avoid: set[PeerId] = set()
         refusal: BsnsError | None = None
         while True:
@@ -298,7 +302,8 @@ class Generator:
                 raise refusal or error from None  # the refusal says more than that nobody is left
             session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
             try:
-                await session.open(self._deadline_s, in_line=in_line)
+                left_s = max(AGAIN_S, give_up_s - self._clock.now_s())
+                await session.open(min(OPEN_S, left_s), in_line=in_line)
             except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
                 self._release(route)
                 refusal = error
@@ -363,11 +368,12 @@ class Generator:
             late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
             raise late.about(link.peer) from None
 
-    async def _hear(self, reader: Reader, kind: type[T]) -> T:
-        """What the session brings next. While it is late, its stages are asked whether they are there."""
+    async def _hear(self, reader: Reader, kind: type[T], waited_s: float = 0.0) -> T:
+        """What the session brings next, for which its user has waited already. While it is late, its stages are asked
+        whether they are there."""
         item: Turned | memoryview | BsnsError | None = None
         loop = asyncio.get_running_loop()
-        give_up_s = loop.time() + self._deadline_s
+        give_up_s = loop.time() + min(self._deadline_s, max(LEAST_S, self._deadline_s - waited_s))
         while item is None:
             try:
                 async with asyncio.timeout(min(patience_s(reader), give_up_s - loop.time())):
