@@ -13,14 +13,17 @@ from bsns.simulator.world import simulate
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = ROOT / "benchmarks" / "scenarios"
-FAILED_ONCE = [int(line) for line in (Path(__file__).parent / "seeds.txt").read_text().splitlines() if line[0] != "#"]
+BEFORE_JUMPS, SINCE_JUMPS = (
+    [int(line) for line in (Path(__file__).parent / name).read_text().splitlines() if line[0] != "#"]
+    for name in ("seeds.txt", "seeds_with_jumps.txt")
+)
 SEEDS = [*range(1000, 1012)]
 
 
-@pytest.mark.parametrize("seed", [*FAILED_ONCE, *SEEDS])
+@pytest.mark.parametrize("seed", [*BEFORE_JUMPS, *SINCE_JUMPS, *SEEDS])
 def test_nothing_hangs_lies_or_leaks(seed: int) -> None:
     scenario = parse_scenario((SCENARIOS / "faults-50.toml").read_text(), seed=seed)
-    if seed in FAILED_ONCE:  # their schedules were drawn before clocks could jump
+    if seed in BEFORE_JUMPS:  # their schedules were drawn before clocks could jump
         scenario = msgspec.structs.replace(
             scenario, faults=msgspec.structs.replace(scenario.faults, kinds=RANDOM_KINDS)
         )

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from bsns.client.generate import Generator
+from bsns.client.reader import CHUNK_ROWS
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError
@@ -61,9 +62,16 @@ class Told:
             return "wrong tokens"
         if self.error is None and (self.finished != "length" or len(self.tokens) != self.wanted):
             return "an answer that looks complete and is not"
-        if self.silence_s > deadline_s + HANGS_S:
-            return f"nothing was heard for {self.silence_s:.1f} s"
+        moments = [self.asked_s, *self.times_s, self.ended_s]
+        for number, (before, after) in enumerate(pairwise(moments)):
+            if after - before > self.bound_s(deadline_s, number) + HANGS_S:
+                return f"nothing was heard for {after - before:.1f} s"
         return None
+
+    def bound_s(self, deadline_s: float, tokens: int) -> float:
+        """How long a user who has heard so many tokens may hear nothing: for the first, a deadline for each chunk of
+        the prompt, for it begins anew with each that comes through."""
+        return deadline_s * (1 if tokens else -(-self.prompt_tokens // CHUNK_ROWS))
 
 
 class _Letters:
@@ -138,7 +146,8 @@ class SimulatedClient:
         pieces = self.generator.stream(prompt, options)
         try:
             while told.finished is None:
-                async with asyncio.timeout(scenario.clients.deadline_s + HANGS_S + 1.0):
+                bound_s = told.bound_s(scenario.clients.deadline_s, len(told.times_s))
+                async with asyncio.timeout(bound_s + HANGS_S + 1.0):
                     piece = await anext(pieces)
                 told.times_s.append(loop.time())
                 if piece.token is not None:

@@ -35,6 +35,12 @@ def test_what_must_never_be(changes: dict[str, object], said: str | None) -> Non
     assert said is None or said in str(problem)
 
 
+def test_a_prompt_of_two_chunks_has_two_deadlines() -> None:
+    assert told(prompt_tokens=200, times_s=[40.0, 41.0, 42.0], ended_s=42.0).problem(20.0) is None
+    assert told(prompt_tokens=200, times_s=[46.0, 47.0, 48.0], ended_s=48.0).problem(20.0) is not None
+    assert told(prompt_tokens=200, times_s=[1.0, 2.0, 28.0], ended_s=28.0).problem(20.0) is not None
+
+
 def test_gaps_are_between_tokens_and_silence_is_anywhere() -> None:
     answer = told(asked_s=-9.0, times_s=[1.0, 2.0, 4.5], ended_s=5.0)
     assert (answer.gap_s, answer.silence_s) == (2.5, 10.0)
