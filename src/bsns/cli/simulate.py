@@ -36,6 +36,8 @@ def simulate(
       bsns simulate benchmarks/scenarios/faults-50.toml --plot run.svg
     """
 
+    figures: list[dict[str, Any]] = []
+
     async def verb() -> None:
         if plot is not None and runs > 1:
             raise BadOption("a picture shows one run; leave out --runs")
@@ -46,7 +48,6 @@ def simulate(
         began = first.seed if seed is None else seed
         with doing("simulating", quiet=as_json) as say:
             loop = asyncio.get_running_loop()
-            figures: list[dict[str, Any]] = []
             pool = ProcessPoolExecutor(min(jobs, runs), get_context("spawn"))
             try:
                 running = [loop.run_in_executor(pool, _one, text, began + n, plot is not None) for n in range(runs)]
@@ -69,10 +70,10 @@ def simulate(
                 out.print(_table(one))
             if runs > 1:
                 out.print(_sum(figures))
-        if any(one["problems"] for one in figures):
-            raise typer.Exit(EXIT_FAILED)
 
     run(verb(), as_json=as_json)
+    if any(one["problems"] for one in figures):
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _one(text: str, seed: int, draw: bool) -> tuple[dict[str, Any], bytes]:

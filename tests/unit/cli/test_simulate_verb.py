@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -53,6 +54,21 @@ def test_several_runs(tiny: Path) -> None:
     assert code == 0
     assert "3 runs" in printed
     assert "no problems" in printed
+
+
+def test_problems_are_told_and_end_it_with_status_1(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, printed, _ = run(str(tiny), "--json")
+    bad = json.loads(printed) | {"problems": ["client 0 at 1.000 s: wrong tokens"]}
+    monkeypatch.setattr("bsns.cli.simulate.ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr("bsns.cli.simulate._one", lambda text, seed, draw: (bad | {"seed": seed}, b""))
+    for options, said in (((), "wrong tokens"), (("--runs", "2"), "problems with seeds 0, 1")):
+        code, printed, complained = run(str(tiny), *options)
+        assert code == 1
+        assert said in " ".join(printed.split())
+        assert "error" not in complained
+    code, printed, _ = run(str(tiny), "--json")
+    assert code == 1
+    assert json.loads(printed)["problems"] == bad["problems"]
 
 
 @pytest.mark.parametrize(
