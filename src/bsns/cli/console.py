@@ -38,6 +38,8 @@ out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+ExecutorName = Literal["auto", "native", "torch"]
+Quant = Literal["none", "int8", "int4"]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 JoinOption = Annotated[
     str,
@@ -45,6 +47,14 @@ JoinOption = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", metavar="TYPE", help="auto (as the swarm does), float32 or bfloat16.")
+]
+ExecutorOption = Annotated[
+    ExecutorName,
+    typer.Option("--executor", metavar="NAME", help="What computes: auto (native where it can), native or torch."),
+]
+QuantOption = Annotated[
+    Quant,
+    typer.Option("--quant", metavar="TYPE", help="Keep weights in fewer bits: none, int8 or int4."),
 ]
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=1, metavar="N", help="Threads for this end's share of the work.")

@@ -9,11 +9,14 @@ import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from bsns.cli.console import (
     DtypeOption,
+    ExecutorOption,
     JsonFlag,
     ModelArgument,
+    QuantOption,
     doing,
     emit,
     err,
@@ -58,6 +61,8 @@ def serve(
     ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     dtype: DtypeOption = "auto",
+    executor: ExecutorOption = "auto",
+    quant: QuantOption = "none",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, metavar="N", help="Compute threads; default: every core.")
     ] = None,
@@ -138,6 +143,8 @@ def serve(
                     objective=objective,
                     lease_s=lease_s,
                     most_blocks=most_blocks,
+                    executor=executor,
+                    quant=quant,
                 )
                 peer = await (
                     Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public)
@@ -157,6 +164,7 @@ def serve(
                         "range": str(record.blocks),
                         "device": record.device,
                         "dtype": record.dtype,
+                        "executor": record.executor,
                         "cache_tokens": record.cache_tokens,
                         "invite": peer.invite,
                     }
@@ -164,6 +172,7 @@ def serve(
             else:
                 err.print(
                     f"[green]serving blocks {record.blocks} of {source.name}[/] on {record.device} in {record.dtype}, "
+                    f"computed by {escape(record.executor)}, "
                     f"cache for {record.cache_tokens} tokens; Ctrl-C ends it",
                     highlight=False,
                 )

@@ -44,6 +44,8 @@ def status(join: JoinOption, as_json: JsonFlag = False) -> None:
                 f"start a node with: bsns serve MODEL --blocks {gaps[0]} --join INVITE",
                 style="yellow",
             )
+        for line in reasons(nodes):
+            tell(line)
         for node in nodes:
             if node.error is not None:
                 tell(node.error, style="red")
@@ -63,7 +65,9 @@ def table(nodes: list[NodeStatus]) -> Table:
         cells = (
             str(record.blocks),
             names[record.peer],
-            Text(f"{record.device} {record.dtype}"),  # Text: what others announce is no markup
+            Text(
+                f"{record.device} {record.dtype} {name_of(record.executor)}"
+            ),  # Text: what others announce is no markup
             record.state if node.error is None else Text("no answer", style="red"),
             f"{now.cache_tokens_left if now else record.cache_tokens_left} of {record.cache_tokens}",
             str(now.sessions) if now else "–",
@@ -72,6 +76,21 @@ def table(nodes: list[NodeStatus]) -> Table:
         )
         view.add_row(*(cells if title else (Text(record.model_name), *cells)))
     return view
+
+
+def name_of(executor: str) -> str:
+    """An executor without the reason why it was taken."""
+    return executor.partition(":")[0]
+
+
+def reasons(nodes: list[NodeStatus]) -> list[str]:
+    """Why nodes do not compute as they would best, a line each."""
+    names = short_names(node.record.peer for node in nodes)
+    return [
+        f"{names[node.record.peer]} computes with {node.record.executor}"
+        for node in nodes
+        if ":" in node.record.executor
+    ]
 
 
 def missing(nodes: list[NodeStatus]) -> dict[str, list[str]]:

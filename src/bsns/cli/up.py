@@ -17,7 +17,19 @@ from rich.text import Text
 
 from bsns.cli import routing_options as routing
 from bsns.cli import sampling_options as sampling
-from bsns.cli.console import DtypeOption, JsonFlag, ModelArgument, doing, emit, err, out, run, see_through
+from bsns.cli.console import (
+    DtypeOption,
+    ExecutorOption,
+    JsonFlag,
+    ModelArgument,
+    QuantOption,
+    doing,
+    emit,
+    err,
+    out,
+    run,
+    see_through,
+)
 from bsns.core.errors import BadOption
 from bsns.core.ids import short_names
 from bsns.core.words import several, size
@@ -40,6 +52,8 @@ def up(
     chat: Annotated[bool, typer.Option("--chat", help="Talk with the model.")] = False,
     raw: sampling.RawFlag = False,
     dtype: DtypeOption = "auto",
+    executor: ExecutorOption = "auto",
+    quant: QuantOption = "none",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Compute threads per node.")] = 1,
     warm_spares: routing.WarmSpares = False,
@@ -96,6 +110,8 @@ def up(
                     dtype=dtype,
                     device=device,
                     threads=threads,
+                    executor=executor,
+                    quant=quant,
                     movable=True,
                     told=lambda number, what: say(f"node {number + 1} · {what}", line=number + 1),
                 )

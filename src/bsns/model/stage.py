@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as library_logging
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadRange, CorruptModel, UnsupportedModel
 from bsns.model import attention
 from bsns.model.attention import KVCache, Ragged, Segment
-from bsns.model.failures import failure, first_line, is_no_memory
+from bsns.model.configuration import read_config
+from bsns.model.failures import failure, is_no_memory
 from bsns.model.families import Family, family_of
 from bsns.model.linear import can_pack, pack_linears
 from bsns.model.tensors import TORCH_DTYPES
@@ -134,12 +135,7 @@ class Stage:
 
 def load_config(path: Path) -> PreTrainedConfig:
     """The model's configuration with our attention chosen. Raises CorruptModel, UnsupportedModel."""
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CorruptModel(f"{path}/config.json cannot be read: {first_line(error)}") from error
-    if not getattr(config, "num_hidden_layers", None) or not getattr(config, "hidden_size", None):
-        raise UnsupportedModel(f"model type {config.model_type!r} is not a row of decoder blocks")
+    config = read_config(path)
     config._attn_implementation = attention.NAME
     return config
 

@@ -2,6 +2,7 @@
 
 peer          transport, membership and directory of one process
 server        a node that serves a range of blocks
+executors     which executor computes a node's blocks, and why
 capacity      what its machine has room for: device, dtype, range and cache
 prober        measures a node's ways to the others
 orchestrator  stands for the office, plans while it holds it, says which plan is in force

@@ -43,6 +43,10 @@ class ServeOptions:
     lease_s: float = LEASE_S
     most_blocks: int | None = None
     """How many blocks planners may give the node, whatever its memory holds."""
+    executor: str = "auto"
+    """`native` or `torch`; see node.executors."""
+    quant: str = "none"
+    """What weights are kept in: as they are computed with (`none`), `int8` or `int4`."""
 
     @property
     def follows(self) -> bool:
@@ -67,6 +71,8 @@ class Room:
     most_tokens: int
     most_blocks: int | None = None
     """How many blocks the node lets planners give it, whatever it has room for."""
+    planned_block_bytes: Sequence[int] | None = None
+    """What planners take the blocks for, where the node keeps them in less."""
 
     def cache_tokens(self, ranges: Iterable[BlockRange], reserved: int = 0) -> int | None:
         """The tokens of cache to promise beside these ranges' weights; None if what has to be promised does not fit.
@@ -81,15 +87,18 @@ class Room:
     def plannable_bytes(self, tokens: int) -> int:
         """The memory to announce to planners, who reckon with so many tokens of cache on every node.
 
-        A node that has to promise more announces less, so that it is planned as many average blocks as it can hold.
+        A node that has to promise more announces less, and one that keeps its weights in fewer bits announces more, so
+        that it is planned as many average blocks as it can hold.
         """
-        block_bytes = sum(self.block_bytes) / len(self.block_bytes)
-        reckoned, real = (block_bytes + self.kv_bytes * promise for promise in (tokens, self.least_tokens))
+        planned = self.planned_block_bytes or self.block_bytes
+        own_bytes, planned_bytes = (sum(sizes) / len(sizes) for sizes in (self.block_bytes, planned))
+        reckoned, real = (own_bytes + self.kv_bytes * promise for promise in (tokens, self.least_tokens))
         usable_bytes = max(0, self.usable_bytes - self.row_bytes * self.least_tokens)
-        plannable_bytes = int(usable_bytes * min(1.0, reckoned / real))
+        smaller = (planned_bytes + self.kv_bytes * tokens) / reckoned
+        plannable_bytes = int(usable_bytes * min(1.0, reckoned / real) * smaller)
         if self.most_blocks is None:
             return plannable_bytes
-        return min(plannable_bytes, self.most_blocks * (max(self.block_bytes) + self.kv_bytes * tokens))
+        return min(plannable_bytes, self.most_blocks * (max(planned) + self.kv_bytes * tokens))
 
 
 def choose_device(device: str) -> str:
@@ -186,7 +195,13 @@ def cache_tokens_of(
 
 
 def room_of(
-    options: ServeOptions, source: ModelSource, cache_bytes: int, block_bytes: list[int], kv_bytes: int, row_bytes: int
+    options: ServeOptions,
+    source: ModelSource,
+    cache_bytes: int,
+    block_bytes: list[int],
+    kv_bytes: int,
+    row_bytes: int,
+    planned_block_bytes: list[int] | None = None,
 ) -> Room:
     """What the node may hold when it moves; without a memory limit, its caches may take what they take at first."""
     return Room(
@@ -198,4 +213,5 @@ def room_of(
         least_tokens=options.cache_tokens or least_cache_tokens(source),
         most_tokens=options.cache_tokens or CACHE_SESSIONS * max(source.context_tokens // 4, 1),
         most_blocks=options.most_blocks,
+        planned_block_bytes=planned_block_bytes,
     )

@@ -60,6 +60,8 @@ class LocalSwarm:
         dtype: str = "auto",
         device: str = "auto",
         threads: int = 1,
+        executor: str = "auto",
+        quant: str = "none",
         movable: bool = False,
         homes: Sequence[Home] = (),
         own_home: Home | None = None,
@@ -77,6 +79,7 @@ class LocalSwarm:
         self._model = model
         self._ranges = ranges
         self._arguments = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
+        self._arguments += ["--executor", executor, "--quant", quant]
         self._threads = threads
         self._movable = movable
         self._homes = homes

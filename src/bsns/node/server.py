@@ -19,7 +19,6 @@ from bsns.core.snapshot import ModelShape
 from bsns.model.shapes import block_bytes as block_bytes_of
 from bsns.model.shapes import shape_of
 from bsns.model.source import ModelSource
-from bsns.model.stage import Stage
 from bsns.node.capacity import (
     Room,
     ServeOptions,
@@ -32,6 +31,7 @@ from bsns.node.capacity import (
     room_of,
     rss_bytes,
 )
+from bsns.node.executors import choose_executor, load_executor
 from bsns.node.moving import Load, Mover
 from bsns.node.orchestrator import Governing, Orchestrator
 from bsns.node.peer import Peer
@@ -42,11 +42,11 @@ from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.swarm.records import with_links
 from bsns.transport.clock import Clock
 from bsns.worker.calibration import calibrate
+from bsns.worker.executor import Executor
 from bsns.worker.faults import FaultyWorker, worker_class
 from bsns.worker.service import Worker
 from bsns.worker.sessions import SessionTable
-from bsns.worker.throttle import ThrottledExecutor, throttled
-from bsns.worker.torch_executor import TorchExecutor
+from bsns.worker.throttle import throttled
 
 __all__ = ["ServeOptions", "Server", "rss_bytes"]
 
@@ -90,16 +90,21 @@ class Server:
     async def start(cls, peer: Peer, source: ModelSource, options: ServeOptions, told: Told = lambda _: None) -> Server:
         """Choose a range, load it and serve it. Raises UserError for what the options make impossible."""
         device, objective = choose_device(options.device), Objective.named(options.objective)
-        torch.set_num_threads(options.threads or default_threads())
+        threads = options.threads or default_threads()
+        torch.set_num_threads(threads)
         present = await View(peer.directory, source.model_id, None, source.block_count).records()
         dtype = choose_dtype(options.dtype, device, [record.dtype for record in present])
-        block_bytes = block_bytes_of(source, DTYPE_BYTES[dtype])
+        planned_block_bytes = block_bytes_of(source, DTYPE_BYTES[dtype])
+        block_bytes = block_bytes_of(source, DTYPE_BYTES[dtype], options.quant)
         kv_bytes = source.kv_bytes_per_token_per_block(DTYPE_BYTES[dtype])
         row_bytes = source.hidden_size * DTYPE_BYTES[dtype]
         blocks = choose_blocks(options, source, present, block_bytes, kv_bytes, row_bytes)
+        choice = choose_executor(source, blocks, device=device, quant=options.quant, prefer=options.executor)
+        if choice.reason:
+            log.info("computing with torch", reason=choice.reason)
         cache_tokens = cache_tokens_of(options, source, blocks, block_bytes, kv_bytes, row_bytes)
         cache_bytes = cache_tokens * (kv_bytes * len(blocks) + row_bytes)
-        room = room_of(options, source, cache_bytes, block_bytes, kv_bytes, row_bytes)
+        room = room_of(options, source, cache_bytes, block_bytes, kv_bytes, row_bytes, planned_block_bytes)
         record = NodeRecord(
             peer=peer.id,
             addresses=peer.transport.addresses,
@@ -111,8 +116,8 @@ class Server:
             state="joining",
             device=device,
             dtype=dtype,
-            executor=TorchExecutor.name,
-            threads=torch.get_num_threads(),
+            executor=choice.label,
+            threads=threads,
             cache_tokens=cache_tokens,
             cache_tokens_left=cache_tokens,
             block_time_s=0.0,
@@ -126,12 +131,15 @@ class Server:
         told(f"joining swarm {peer.membership.swarm[:8]} for blocks {blocks}")
         joining = partial(peer.directory.publish, record)
         await taken(joining, peer.clock)  # others that choose now already count us
+        kept = dtype if options.quant == "none" else options.quant
         told(
-            f"loading blocks {blocks} of {source.name} ({sum(block_bytes[i] for i in blocks) / 2**20:.0f} MiB, {dtype})"
+            f"loading blocks {blocks} of {source.name} ({sum(block_bytes[i] for i in blocks) / 2**20:.0f} MiB, {kept})"
         )
 
-        def load(blocks: BlockRange) -> TorchExecutor | ThrottledExecutor:
-            return throttled(TorchExecutor(Stage(source.path, blocks, dtype=dtype, device=device), dtype=dtype))
+        def load(blocks: BlockRange) -> Executor:
+            return throttled(
+                load_executor(choice, source, blocks, dtype=dtype, device=device, threads=threads, quant=options.quant)
+            )
 
         executor = await asyncio.to_thread(load, blocks)
         told("measuring")

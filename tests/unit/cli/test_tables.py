@@ -103,3 +103,13 @@ def test_an_answer_as_json() -> None:
     assert [n["rss_mb"] for n in report["nodes"]] == [6.0, 6.0]
     assert "1.20 ms" in shown(up.table(stats, nodes))
     assert "–" in shown(up.table(Stats(), nodes))
+
+
+def test_the_table_names_the_executor_and_a_line_below_it_the_reason() -> None:
+    told = "torch: rope type longrope"
+    one, other = node("a", 0, 4), node("b", 4, 8)
+    other = replace(other, record=msgspec.structs.replace(other.record, executor=told))
+    assert "cpu float32 torch" in shown(status.table([one, other]))
+    assert "longrope" not in shown(status.table([one, other]))
+    assert status.reasons([one, other]) == ["b computes with torch: rope type longrope"]
+    assert status.as_dict(other)["executor"] == told

@@ -1,0 +1,89 @@
+"""Which executor computes a node's blocks: the native one where it can, else the model library's own layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadOption
+from bsns.model.configuration import read_config
+from bsns.model.source import ModelSource
+from bsns.native.architecture import NotNative, describe
+from bsns.native.library import native_library
+from bsns.native.stage import SAME, NativeStage
+from bsns.worker.executor import Executor
+from bsns.worker.native_executor import NativeExecutor
+
+NATIVE, TORCH, AUTO = "native", "torch", "auto"
+QUANTS = ("none", "int8", "int4")
+EXECUTORS = (AUTO, NATIVE, TORCH)
+MAX_LABEL = 64
+"""Characters of it that a record may carry (swarm.records)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An executor, and why it is not the native one where nobody asked for another."""
+
+    name: str
+    reason: str = ""
+
+    @property
+    def label(self) -> str:
+        """As a record says it: short, and printable."""
+        text = f"{self.name}: {self.reason}" if self.reason else self.name
+        text = "".join(letter if letter.isprintable() else " " for letter in text)
+        return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
+
+
+def choose_executor(
+    source: ModelSource, blocks: BlockRange, *, device: str, quant: str = "none", prefer: str = AUTO
+) -> Choice:
+    """What is to compute this range here, without loading it. `quant`: what weights are kept in.
+
+    Raises BadOption for options nobody knows, and where what was asked for cannot be.
+    """
+    for option, value, known in (("--executor", prefer, EXECUTORS), ("--quant", quant, QUANTS)):
+        if value not in known:
+            raise BadOption(f"{option} {value!r} is not known; use {', '.join(known[:-1])} or {known[-1]}")
+    choice = Choice(TORCH) if prefer == TORCH else _choice(source, blocks, device)
+    if choice.name == TORCH and prefer == NATIVE:
+        raise BadOption(f"the native executor cannot run {source.name} here ({choice.reason}); leave out --executor")
+    if choice.name == TORCH and quant != "none":
+        why = choice.reason or "--executor torch was asked for"
+        raise BadOption(f"only the native executor keeps weights in {quant}, but {why}; leave out --quant")
+    return choice
+
+
+def load_executor(
+    choice: Choice,
+    source: ModelSource,
+    blocks: BlockRange,
+    *,
+    dtype: str,
+    device: str,
+    threads: int,
+    quant: str = "none",
+) -> Executor:
+    """Load the range. Raises what reading raises: CorruptModel, NotEnoughMemory, UnsupportedModel, BadRange."""
+    if choice.name == NATIVE:
+        weights = SAME if quant == "none" else quant
+        return NativeExecutor(NativeStage(source.checkpoint, blocks, dtype=dtype, weights=weights, threads=threads))
+    # Here, because a node that computes natively needs none of the model library's layers.
+    from bsns.model.stage import Stage
+    from bsns.worker.torch_executor import TorchExecutor
+
+    return TorchExecutor(Stage(source.path, blocks, dtype=dtype, device=device), dtype=dtype)
+
+
+def _choice(source: ModelSource, blocks: BlockRange, device: str) -> Choice:
+    if device != "cpu":
+        return Choice(TORCH, f"device {device}")
+    library = native_library()
+    if isinstance(library, str):
+        return Choice(TORCH, library)
+    try:
+        describe(source.checkpoint, read_config(source.path), blocks, library.padded_head)
+    except NotNative as refusal:
+        return Choice(TORCH, refusal.reason)
+    return Choice(NATIVE)
