@@ -6,4 +6,7 @@ nursery    nodes in these places, forked where the libraries are loaded
 layouts    chains of nodes under measurement: what is predicted of them, and what they did
 settings   random swarms of unequal nodes and ways
 pipes      the ceiling of a pipeline of processes
+machine    the machine that is measured
+llama_cpp  a build of llama.cpp, and how fast it is
+llama_gguf the models it is measured with
 """

@@ -16,12 +16,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from bsns.bench.machine import cpu_name
 from bsns.bench.pipes import PipeLine
 from bsns.client.generate import Stats
 from bsns.client.sampling import SamplingOptions, sample
@@ -247,14 +247,5 @@ def _report(
         "threads": threads,
         "rounds": rounds,
         "load_before": round(load_before, 2),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} × {os.cpu_count()}"
-    return f"{os.cpu_count()} cores"

@@ -51,6 +51,45 @@ def decode(
 
 
 @app.command()
+def engine(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="135m, 1.1b or smollm2-135m; may be repeated. Default: all.")
+    ] = None,
+    form: Annotated[
+        list[str] | None, typer.Option("--format", help="fp32, bf16, int8 or int4; may be repeated. Default: all.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Compute threads, for all rows.")] = 2,
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Executors side by side: native, torch, the model library, and llama.cpp where BSNS_LLAMA_CPP names a build.
+
+    The full form takes about an hour, and says on standard error how it goes.
+
+    Example: bsns bench engine --quick --model smollm2-135m
+    """
+
+    async def verb() -> None:
+        from bsns.bench.engine import FORMATS, MODELS, bench_engine
+
+        models, formats = model or list(MODELS), form or list(FORMATS)
+        for asked, known, what in ((models, MODELS, "model"), (formats, FORMATS, "format")):
+            if unknown := set(asked) - set(known):
+                raise BadOption(f"there is no {what} {sorted(unknown)[0]!r}; use {', '.join(known)}")
+        rounds, least_s = (1, 0.2) if quick else (5, 1.0)
+        with reporting() as told:
+            figures = await asyncio.to_thread(
+                bench_engine, models, formats, threads=threads, rounds=rounds, least_s=least_s, told=told
+            )
+        if as_json:
+            emit(figures)
+        else:
+            out.print(_table(figures))
+
+    run(verb(), as_json=as_json)
+
+
+@app.command()
 def plan(
     part: Annotated[
         list[str] | None, typer.Option("--part", help="chain, dag or ablation; may be repeated. Default: all.")
