@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bsns.model.checkpoint import Checkpoint, TensorEntry
-from bsns.native.architecture import RMS_NORM, MatrixPlan, NotNative, Piece, VectorPlan
+from bsns.native.architecture import MatrixPlan, NotNative, Piece, VectorPlan
+from bsns.native.families import RMS_NORM
 from bsns.native.library import KINDS, Matrix, native_library
 from bsns.native.stage import KEPT_ON_DISK, OUTLIER
 from bsns.native.weights import MappedFiles, pack_matrix, pack_vector
