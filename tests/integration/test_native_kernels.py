@@ -34,7 +34,9 @@ def test_the_installed_library(tmp_path: Path) -> None:
     if isinstance(library, str):
         pytest.skip(library)
     program = tmp_path / "random_stages"
-    must(COMPILER, "-std=c++20", "-O1", NATIVE / "tests" / "random_stages.cpp", library.path, "-o", program)
+    found_at_run_time = f"-Wl,-rpath,{library.path.parent}"
+    test = NATIVE / "tests" / "random_stages.cpp"
+    must(COMPILER, "-std=c++20", "-O1", test, library.path, found_at_run_time, "-o", program)
     run_rounds(program)
 
 
