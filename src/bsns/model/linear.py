@@ -27,8 +27,11 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    packs: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return packs and device.type == "cpu" and dtype == torch.bfloat16
+    """Where this says no, bfloat16 runs in the layers as they are: oneDNN has no bfloat16 below AVX-512 and AVX-NE."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(built and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(root: nn.Module) -> int:
