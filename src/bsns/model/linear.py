@@ -10,6 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+# With AMX a weight packed for 16 rows, in blocks of 32 columns instead of 64, is read faster by 1 row too. AVX-512 BF16
+# packs alike for 1 and 16, and AVX-512 without it lost 6 % by 16 (docs/decisions/0003-stage-engine.md).
+PACKED_FOR_ROWS = 16 if torch.cpu._is_amx_tile_supported() else 1
+
 
 class PackedLinear(nn.Module):
     """`x @ weight.T + bias` with the weight in oneDNN's layout; keeps no unpacked copy."""
@@ -17,7 +21,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), 1)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), PACKED_FOR_ROWS)
         self._packed: torch.Tensor = packed  # not a Parameter: an opaque layout that cannot be saved or moved
         self._bias = None if bias_O is None else bias_O.detach()
 

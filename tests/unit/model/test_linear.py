@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bsns.core.blocks import BlockRange
+from bsns.model import linear
 from bsns.model.ends import Ends
 from bsns.model.linear import PackedLinear, can_pack, pack_linears
 from bsns.model.stage import Stage
@@ -89,6 +90,19 @@ print(stage.run(torch.ones(2, stage.hidden_size), [Segment(KVCache(2), 0, 0, 2)]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("packed_for", [1, 16])
+def test_however_it_is_packed_it_computes_the_same(rows: int, packed_for: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(rows)
+    layer = nn.Linear(72, 100).bfloat16()
+    monkeypatch.setattr(linear, "PACKED_FOR_ROWS", packed_for)
+    packed = PackedLinear(layer.weight, layer.bias)
+    x = torch.randn(rows, 72).bfloat16()
+    with torch.inference_mode():
+        close(packed(x), x, layer.weight, layer.bias)
 
 
 @needs_packing
