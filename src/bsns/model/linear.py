@@ -10,6 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+# With AMX a weight packed for 16 rows, in blocks of 32 columns instead of 64, is read faster by 1 row too. AVX-512 BF16
+# packs alike for 1 and 16, and AVX-512 without it lost 6 % by 16 (docs/decisions/0003-stage-engine.md).
+PACKED_FOR_ROWS = 16 if torch.cpu._is_amx_tile_supported() else 1
+
 
 class PackedLinear(nn.Module):
     """`x @ weight.T + bias` with the weight in oneDNN's layout; keeps no unpacked copy."""
@@ -17,7 +21,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_OI.shape
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), 1)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), PACKED_FOR_ROWS)
         self._packed: torch.Tensor = packed  # not a Parameter: an opaque layout that cannot be saved or moved
         self._bias = None if bias_O is None else bias_O.detach()
 
@@ -27,8 +31,11 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    packs: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return packs and device.type == "cpu" and dtype == torch.bfloat16
+    """Where this says no, bfloat16 runs in the layers as they are: oneDNN has no bfloat16 below AVX-512 and AVX-NE."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    built = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(built and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(root: nn.Module) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bsns.core.blocks import BlockRange
+from bsns.model import linear
 from bsns.model.ends import Ends
 from bsns.model.linear import PackedLinear, can_pack, pack_linears
 from bsns.model.stage import Stage
@@ -34,15 +38,15 @@ def close(actual: torch.Tensor, x: torch.Tensor, weight_OI: torch.Tensor, bias: 
 @pytest.mark.parametrize("bias", [True, False])
 def test_equals_linear(rows: int, bias: bool) -> None:
     torch.manual_seed(rows)
-    linear = nn.Linear(48, 80, bias=bias).bfloat16()
-    packed = PackedLinear(linear.weight, linear.bias)
+    layer = nn.Linear(48, 80, bias=bias).bfloat16()
+    packed = PackedLinear(layer.weight, layer.bias)
     assert (packed.in_features, packed.out_features) == (48, 80)
     x = torch.randn(1, rows, 48).bfloat16()
     with torch.inference_mode():
         actual = packed(x)
         assert actual.shape == (1, rows, 80)
-        close(actual, x, linear.weight, linear.bias)
-        torch.testing.assert_close(actual, linear(x), rtol=2**-7, atol=2**-7)
+        close(actual, x, layer.weight, layer.bias)
+        torch.testing.assert_close(actual, layer(x), rtol=2**-7, atol=2**-7)
 
 
 @needs_packing
@@ -68,6 +72,37 @@ def test_keeps_no_unpacked_copy() -> None:
 def test_only_bfloat16_on_a_cpu_is_packed() -> None:
     assert not can_pack(torch.device("cpu"), torch.float32)
     assert not can_pack(torch.device("cuda"), torch.bfloat16)
+
+
+def test_a_processor_without_bfloat16_is_left_its_plain_layers(tiny_model: Callable[[str], Path]) -> None:
+    code = """
+import sys, torch
+from pathlib import Path
+from bsns.core.blocks import BlockRange
+from bsns.model.attention import KVCache, Segment
+from bsns.model.linear import PackedLinear
+from bsns.model.stage import Stage
+stage = Stage(Path(sys.argv[1]), BlockRange(1, 3), dtype="bfloat16")
+assert not any(isinstance(module, PackedLinear) for module in stage._layers.modules())
+print(stage.run(torch.ones(2, stage.hidden_size), [Segment(KVCache(2), 0, 0, 2)]).isfinite().all().item())
+"""
+    command = [sys.executable, "-c", code, str(tiny_model("llama"))]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("packed_for", [1, 16])
+def test_however_it_is_packed_it_computes_the_same(rows: int, packed_for: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(rows)
+    layer = nn.Linear(72, 100).bfloat16()
+    monkeypatch.setattr(linear, "PACKED_FOR_ROWS", packed_for)
+    packed = PackedLinear(layer.weight, layer.bias)
+    x = torch.randn(rows, 72).bfloat16()
+    with torch.inference_mode():
+        close(packed(x), x, layer.weight, layer.bias)
 
 
 @needs_packing
