@@ -756,7 +756,7 @@ void multiply_with_tiles(const Multiply &args, int first_pair, int end_pair, Wor
     _tile_release();
 }
 
-constexpr int TILES_FROM_ROWS_INT4 = 5;
+constexpr int TILES_FROM_ROWS_INT4 = 8;
 
 #endif
 
