@@ -216,7 +216,7 @@ class Memory:
 
     @property
     def view(self) -> memoryview:
-        """Its bytes. Whoever keeps the view keeps the memory open."""
+        """Its bytes; not to be touched once it is closed."""
         return memoryview((c_uint8 * self.nbytes).from_address(self.address)).cast("B")
 
     def clear(self) -> None:

@@ -59,7 +59,10 @@ class PackedCache:
 
                 def read(part: tuple[int, int]) -> int:
                     into = memory.view[part[0] : part[1]]
-                    got = os.preadv(descriptor, [into], start + part[0])
+                    try:  # every part is waited for: none may write to memory that was given up
+                        got = os.preadv(descriptor, [into], start + part[0])
+                    except OSError:
+                        return -1
                     return zlib.crc32(into) if got == len(into) else -1
 
                 sound = list(threads.map(read, parts)) == header["sums"]

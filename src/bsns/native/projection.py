@@ -53,7 +53,7 @@ class Projection:
         self._matrix = Matrix(KINDS[weights], rows, columns, memory.address)
         self._norm = memory.address + self.nbytes
         plan = MatrixPlan(rows, columns, (Piece(head, 0, rows, 0),), columns, columns)
-        with ThreadPoolExecutor(threads, thread_name_prefix="packing") as packers, MappedFiles(self._library) as files:
+        with MappedFiles(self._library) as files, ThreadPoolExecutor(threads, thread_name_prefix="packing") as packers:
             pack_matrix(self._library, plan, self._matrix, files, packers)
             pack_vector(VectorPlan(numbers, (Piece(norm, 0, columns, 0),)), memory, self.nbytes, files)
         self._pool = resources.enter_context(closing(self._library.pool(threads)))

@@ -98,7 +98,8 @@ class NativeStage:
     def _load(self, resources: ExitStack, threads: int, kernels: str | None) -> None:
         library, architecture = self._library, self.architecture
         frequencies = frequencies_of(architecture.rotaries)
-        with ThreadPoolExecutor(threads, thread_name_prefix="packing") as packers, MappedFiles(library) as files:
+        # in this order: where one thread fails, the others are waited for before the files are unmapped under them
+        with MappedFiles(library) as files, ThreadPoolExecutor(threads, thread_name_prefix="packing") as packers:
             packed = [self._block(index, frequencies, files, packers, resources) for index in range(len(self.blocks))]
         resources.callback(frequencies.clear)  # they live as long as the stage that points at them
         pool = resources.enter_context(closing(library.pool(threads, kernels)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from bsns.native.library import Block, Library, Matrix, Misuse, Segment, Shape, 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     native._loaded.cache_clear()
+    monkeypatch.delenv("BSNS_NATIVE", raising=False)
 
 
 @pytest.mark.parametrize("word", ["0", "off", "OFF"])
@@ -27,16 +27,11 @@ def test_it_can_be_turned_off(word: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert native_library() == "turned off by BSNS_NATIVE"
 
 
-def not_installed(name: str) -> None:
-    raise PackageNotFoundError(name)
-
-
 def test_what_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BSNS_NATIVE_LIBRARY", str(tmp_path / "nothing.so"))
     assert native_library() == "BSNS_NATIVE_LIBRARY names no file"
     monkeypatch.delenv("BSNS_NATIVE_LIBRARY")
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "library.py"))
-    monkeypatch.setattr(native, "distribution", not_installed)
+    monkeypatch.setattr(native, "_installed", lambda: tmp_path / "_native.so")
     found = native_library()
     assert isinstance(found, str)
     assert found.startswith("not built")

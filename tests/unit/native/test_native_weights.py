@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -152,6 +153,34 @@ def test_a_file_that_was_cut_since(tiny_model: TinyModel, tmp_path: Path) -> Non
     (path / "model.safetensors").unlink()
     with pytest.raises(CorruptModel, match="fetch it again"):
         NativeStage(checkpoint, WHOLE)
+
+
+def test_the_file_stays_mapped_until_every_thread_is_done(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread finds what is wrong while another still packs."""
+    packing, unmapped = threading.Event(), threading.Event()
+    calls: list[bool] = []
+
+    def pack(*_: object) -> None:
+        calls.append(True)
+        if len(calls) == 1:
+            assert packing.wait(10)
+            raise CorruptModel("not finite")
+        packing.set()
+        calls.append(unmapped.wait(0.2))
+
+    def leave(*_: object) -> None:
+        unmapped.set()
+
+    monkeypatch.setattr("bsns.native.weights._JOB_BYTES", 1)
+    monkeypatch.setattr("bsns.native.library.Library.pack", pack)
+    monkeypatch.setattr("bsns.native.weights.MappedFiles.__exit__", leave)
+    with pytest.raises(CorruptModel):
+        NativeStage(read_checkpoint(tiny_model("gpt2")), WHOLE, threads=2)
+    assert unmapped.is_set()
+    assert calls.count(False) >= 1
+    assert len(calls) == 1 + 2 * calls.count(False), "unmapped under a thread that packed"
 
 
 def test_no_memory(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
