@@ -257,8 +257,7 @@ bsns_status bsns_project(
         const Matrix packed(*matrix);
         const int64_t stride = padded(packed.columns, 64), wide = packed.padded_rows;
         const auto count = static_cast<size_t>(rows);
-        const bool there = pool->pool.reserve(static_cast<size_t>(multiply_scratch(packed.columns))) &&
-                           pool->workspace.reserve_rows(rows, packed.columns) &&
+        const bool there = pool->workspace.reserve_rows(rows, packed.columns) &&
                            pool->input.reserve(count * static_cast<size_t>(stride) * 4) &&
                            pool->output.reserve(count * static_cast<size_t>(wide) * 4);
         if (!there) return no_memory();

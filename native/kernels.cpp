@@ -104,6 +104,22 @@ BSNS_INLINE Ints dot_signed(Ints sum, Ints a, Ints b) {
 #endif
 }
 
+// sum += a * b, where a fits 16 bits with its sign and b 15 without one.
+BSNS_INLINE Ints add_product(Ints sum, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    sum.part[0] = (Vi)_mm512_dpwssd_epi32((__m512i)sum.part[0], (__m512i)a.part[0], (__m512i)b.part[0]);
+    return sum;
+#elif defined(__AVX512BW__)
+    sum.part[0] += (Vi)_mm512_madd_epi16((__m512i)a.part[0], (__m512i)b.part[0]);
+    return sum;
+#elif defined(__AVX2__)
+    BSNS_EACH sum.part[i] += (Vi)_mm256_madd_epi16((__m256i)a.part[i], (__m256i)b.part[i]);
+    return sum;
+#else
+    return sum + a * b;
+#endif
+}
+
 BSNS_INLINE int32_t four_bytes(const uint8_t *at) {
     int32_t value;
     std::memcpy(&value, at, 4);
@@ -204,28 +220,25 @@ void prepare_int8(const Prepare &from, const Normed &row, int m, uint8_t *line, 
     int32_t count = 0;
     if (apart) {
         Outlier *outliers = rows.outliers + static_cast<int64_t>(m) * rows.columns;
-        float lane[16];
-        largest = 0;
+        Floats rest = splat(0);
         for (int64_t k = 0; k < rows.columns; k += 16) {
-            store(lane, row.at(k));
-            for (int i = 0; i < 16; i++) {
-                const float size = std::fabs(lane[i]);
-                if (size >= limit)
-                    outliers[count++] = {static_cast<int32_t>(k + i), lane[i]};
-                else if (size > largest)
-                    largest = size;
-            }
+            const Floats x = row.at(k), size = absolute(x);
+            const Ints above = at_least(size, splat(limit));
+            rest = max(without(size, above), rest);
+            if (!any(above)) continue;
+            float lane[16];
+            store(lane, x);
+            for (int i = 0; i < 16; i++)
+                if (std::fabs(lane[i]) >= limit) outliers[count++] = {static_cast<uint32_t>(k + i), lane[i]};
         }
+        largest = greatest(rest);
     }
     rows.outlier_counts[m] = count;
     rows.scales[m] = largest / 127.0f + poisoned;
     const Floats inverse = splat(largest > 0 && poisoned == 0 ? 127.0f / largest : 0.0f);
     for (int64_t k = 0; k < rows.columns; k += 16) {
         Floats x = row.at(k);
-        if (apart) {
-            const Floats size = absolute(x);
-            BSNS_EACH x.part[i] = size.part[i] >= limit ? Vf{} : x.part[i];
-        }
+        if (apart) x = without(x, at_least(absolute(x), splat(limit)));
         if (poisoned != 0) x = splat(0);
         store_int8(reinterpret_cast<int8_t *>(line + k / LINE * stride + k % LINE), nearest(x * inverse));
     }
@@ -275,17 +288,27 @@ BSNS_INLINE Floats activate(Floats x, int32_t activation) {
     return load(lane);
 }
 
+// 16 factors as whole numbers.
+BSNS_INLINE Ints load_factors(const uint8_t *at) {
+#if defined(__AVX512F__)
+    Ints out;
+    out.part[0] = (Vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
+    return out;
+#else
+    int32_t lane[16];
+    for (int i = 0; i < 16; i++) lane[i] = at[i];
+    return load_line(lane);
+#endif
+}
+
 // The int8 weight of a column for 16 rows, as float32.
-BSNS_INLINE Floats weight_of(const Matrix &matrix, int block, int column) {
+BSNS_INLINE Floats weight_of(const Matrix &matrix, int block, uint32_t column) {
     const uint8_t *weights = matrix.block(block);
     if (matrix.kind == BSNS_INT8) return byte_of(load_line(weights + column / 4 * LINE), column % 4);
-    const int group = column / GROUP, line = column % GROUP / 4;
-    Ints halves = load_line(weights + group * 4 * LINE + line % 4 * LINE);
+    const uint32_t group = column / GROUP, line = column % GROUP / 4;
+    Ints halves = load_line(weights + (group * 4 + line % 4) * LINE);
     halves = shift_right(halves, 8 * (column % 4) + (line < 4 ? 0 : 4)) & splat_int(15);
-    int32_t factors[16];
-    const uint8_t *factor = matrix.block_factors(block) + group * BLOCK;
-    for (int i = 0; i < 16; i++) factors[i] = factor[i];
-    return to_floats((halves - splat_int(8)) * load_line(factors));
+    return to_floats((halves - splat_int(8)) * load_factors(matrix.block_factors(block) + group * BLOCK));
 }
 
 // From whole numbers to what they stand for.
@@ -327,6 +350,16 @@ BSNS_INLINE void finish(const Multiply &args, int pair, int first, int count, co
             if (args.finish == Finish::ACTIVATE) result[b] = activate(result[b], args.activation);
             store(out + b * BLOCK, result[b]);
         }
+    }
+}
+
+// Fetches what `finish` will write.
+BSNS_INLINE void fetch_output(const Multiply &args, int pair, int first, int count) {
+    const int64_t at = args.finish == Finish::GATE ? pair * BLOCK : pair * PAIR;
+    for (int m = first; m < first + count; m++) {
+        const float *out = args.output + (args.to == nullptr ? m : args.to[m]) * args.stride + at;
+        __builtin_prefetch(out, 1);
+        if (args.finish != Finish::GATE) __builtin_prefetch(out + BLOCK, 1);
     }
 }
 
@@ -446,19 +479,6 @@ template <int R, int B> void multiply_int8(const Strip &strip, const int32_t *of
     }
 }
 
-// 16 factors as whole numbers.
-BSNS_INLINE Ints load_factors(const uint8_t *at) {
-#if defined(__AVX512F__)
-    Ints out;
-    out.part[0] = (Vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at)));
-    return out;
-#else
-    int32_t lane[16];
-    for (int i = 0; i < 16; i++) lane[i] = at[i];
-    return load_line(lane);
-#endif
-}
-
 template <int R, int B>
 void multiply_int4(const Strip &strip, const uint8_t *factors, const int32_t *group_sums, int64_t groups, float *results) {
     Ints sums[R][B];
@@ -483,7 +503,7 @@ void multiply_int4(const Strip &strip, const uint8_t *factors, const int32_t *gr
         }
         for (int b = 0; b < B; b++) {
             const Ints factor = load_factors(factors + (b * groups + group) * BLOCK);
-            for (int r = 0; r < R; r++) sums[r][b] = sums[r][b] + part[r][b] * factor;
+            for (int r = 0; r < R; r++) sums[r][b] = add_product(sums[r][b], part[r][b], factor);
         }
     }
     for (int r = 0; r < R; r++)
@@ -603,6 +623,10 @@ BSNS_INLINE void multiply_tiles(
                 prefetch(second + at + line + 2 * AHEAD);
             }
         }
+        if (TWO) {  // of as many rows as fill tiles, weights lie in the first cache, rows in the second
+            for (int64_t line = 0; line < upper_stride; line += LINE) prefetch(upper + (step + 2) * upper_stride + line);
+            for (int64_t line = 0; line < lower_stride; line += LINE) prefetch(lower + (step + 2) * lower_stride + line);
+        }
         _tile_loadd(4, upper + step * upper_stride, LINE);
         _tile_loadd(6, first + at, LINE);
         if (TWO) _tile_loadd(5, lower + step * lower_stride, LINE);
@@ -631,30 +655,69 @@ BSNS_INLINE void multiply_tiles(
     }
 }
 
+// Some steps of a block's int4 weights as int8: (half - 8) * factor.
+BSNS_INLINE void unpack_steps(const Matrix &matrix, int64_t block, int64_t step, int64_t steps, uint8_t *into) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i high = _mm512_set1_epi64(0x1020408000000000);  // as a matrix of bits: the high half of every byte moved down
+    constexpr int GROUPS = LINE / GROUP;  // of a step
+    const uint8_t *from = matrix.block(block) + step * TILE_BYTES / 2;
+    const uint8_t *factors = matrix.block_factors(block) + step * GROUPS * BLOCK;
+    for (int64_t group = 0; group < steps * GROUPS; group++) {
+        const __m512i factor =
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(factors + group * BLOCK)));
+        const __m512i twice = _mm512_or_si512(factor, _mm512_slli_epi32(factor, 16));
+        __m512i eight = _mm512_slli_epi32(factor, 3);
+        eight = _mm512_or_si512(eight, _mm512_slli_epi32(eight, 8));
+        eight = _mm512_or_si512(eight, _mm512_slli_epi32(eight, 16));
+        for (int line = 0; line < 4; line++, from += LINE, into += LINE) {
+            prefetch(from + AHEAD);
+            const __m512i halves = _mm512_load_si512(from);
+            const __m512i lower = _mm512_and_si512(halves, low);
+            const __m512i upper = _mm512_gf2p8affine_epi64_epi8(halves, high, 0);
+            // 15 * 15 fits a byte, so that two products fit the halves of 16 bits
+            _mm512_store_si512(into, _mm512_sub_epi8(_mm512_mullo_epi16(lower, twice), eight));
+            _mm512_store_si512(into + 4 * LINE, _mm512_sub_epi8(_mm512_mullo_epi16(upper, twice), eight));
+        }
+        into += 4 * LINE;
+    }
+}
+
 // One panel with four blocks, so that memory is read in four places; `results` is [4 blocks][16 rows][16].
-template <bool WHOLE>
-BSNS_INLINE void multiply_four(const uint8_t *weights, int64_t block_bytes, const uint8_t *rows, int64_t stride, int64_t steps, float *results) {
+template <int32_t KIND>
+void multiply_four(const Matrix &matrix, int64_t block, const uint8_t *rows, int64_t stride, int64_t steps, float *results) {
+    constexpr bool WHOLE = KIND != BSNS_BFLOAT16;
+    const uint8_t *const weights = matrix.block(block);
+    alignas(64) uint8_t unpacked[KIND == BSNS_INT4 ? 8 * TILE_BYTES : 1];  // of two steps
+    const auto tile = [&](int64_t step, int b) -> const uint8_t * {
+        if (KIND != BSNS_INT4) return weights + step * TILE_BYTES + b * matrix.block_bytes;
+        return unpacked + (step % 2 * 4 + b) * TILE_BYTES;
+    };
+    const auto unpack = [&](int64_t step) {
+        if (KIND != BSNS_INT4 || step == steps) return;
+        for (int b = 0; b < 4; b++) unpack_steps(matrix, block + b, step, 1, unpacked + (step % 2 * 4 + b) * TILE_BYTES);
+    };
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    unpack(0);
     for (int64_t step = 0; step < steps; step++) {
-        const uint8_t *at = weights + step * TILE_BYTES;
+        unpack(step + 1);  // while the tiles multiply what was unpacked before
         _tile_loadd(4, rows + step * stride, LINE);
-        _tile_loadd(5, at, LINE);
-        _tile_loadd(6, at + block_bytes, LINE);
-        _tile_loadd(7, at + 2 * block_bytes, LINE);
+        _tile_loadd(5, tile(step, 0), LINE);
+        _tile_loadd(6, tile(step, 1), LINE);
+        _tile_loadd(7, tile(step, 2), LINE);
         if (WHOLE) {
             _tile_dpbssd(0, 4, 5);
             _tile_dpbssd(1, 4, 6);
             _tile_dpbssd(2, 4, 7);
-            _tile_loadd(5, at + 3 * block_bytes, LINE);
+            _tile_loadd(5, tile(step, 3), LINE);
             _tile_dpbssd(3, 4, 5);
         } else {
             _tile_dpbf16ps(0, 4, 5);
             _tile_dpbf16ps(1, 4, 6);
             _tile_dpbf16ps(2, 4, 7);
-            _tile_loadd(5, at + 3 * block_bytes, LINE);
+            _tile_loadd(5, tile(step, 3), LINE);
             _tile_dpbf16ps(3, 4, 5);
         }
     }
@@ -664,68 +727,45 @@ BSNS_INLINE void multiply_four(const uint8_t *weights, int64_t block_bytes, cons
     _tile_stored(3, results + 3 * BLOCK * BLOCK, LINE);
 }
 
-// int4 weights of a block as int8: (half - 8) * factor.
-void unpack_int4(const uint8_t *weights, const uint8_t *factors, int64_t groups, uint8_t *into) {
-    const __m512i low = _mm512_set1_epi8(15);
-    for (int64_t group = 0; group < groups; group++) {
-        const uint8_t *from = weights + group * 4 * LINE;
-        uint8_t *to = into + group * 8 * LINE;
-        const __m512i factor =
-            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(factors + group * BLOCK)));
-        const __m512i twice = _mm512_or_si512(factor, _mm512_slli_epi32(factor, 16));
-        __m512i eight = _mm512_slli_epi32(factor, 3);
-        eight = _mm512_or_si512(eight, _mm512_slli_epi32(eight, 8));
-        eight = _mm512_or_si512(eight, _mm512_slli_epi32(eight, 16));
-        for (int line = 0; line < 4; line++) {
-            prefetch(from + line * LINE + AHEAD);
-            const __m512i halves = _mm512_load_si512(from + line * LINE);
-            const __m512i lower = _mm512_and_si512(halves, low);
-            const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(halves, 4), low);
-            // 15 * 15 fits a byte, so that two products fit the halves of 16 bits
-            _mm512_store_si512(to + line * LINE, _mm512_sub_epi8(_mm512_mullo_epi16(lower, twice), eight));
-            _mm512_store_si512(to + (line + 4) * LINE, _mm512_sub_epi8(_mm512_mullo_epi16(upper, twice), eight));
-        }
-    }
-}
-
 // Weights of two blocks stay in the first cache while so many lines of all rows pass.
 constexpr int64_t STEPS_AT_ONCE = 16;
 constexpr int ROWS_AT_ONCE = 8 * PAIR;
 
-void multiply_with_tiles(const Multiply &args, int first_pair, int end_pair, Worker &worker) {
+void multiply_with_tiles(const Multiply &args, int first_pair, int end_pair) {
     const Matrix &matrix = args.matrix;
     const Rows &rows = args.rows;
     constexpr int RESULTS = 2 * PAIR * BLOCK;
     alignas(64) float results[ROWS_AT_ONCE / PAIR * RESULTS];
+    alignas(64) uint8_t unpacked[2 * STEPS_AT_ONCE * TILE_BYTES];
     const int64_t steps = rows.row_bytes() / LINE;
     int configured = -1;
     int pair = first_pair;
-    if (rows.count <= BLOCK && matrix.kind != BSNS_INT4) {
+    if (rows.count <= BLOCK) {
+        const auto four = matrix.kind == BSNS_BFLOAT16 ? multiply_four<BSNS_BFLOAT16>
+                        : matrix.kind == BSNS_INT8     ? multiply_four<BSNS_INT8>
+                                                       : multiply_four<BSNS_INT4>;
         configure_tiles(rows.count, 0);
         for (; pair + 2 <= end_pair; pair += 2) {
-            const int64_t stride = int64_t{rows.count} * LINE;
-            if (matrix.kind == BSNS_BFLOAT16)
-                multiply_four<false>(matrix.block(2 * pair), matrix.block_bytes, rows.data, stride, steps, results);
-            else
-                multiply_four<true>(matrix.block(2 * pair), matrix.block_bytes, rows.data, stride, steps, results);
+            four(matrix, 2 * pair, rows.data, int64_t{rows.count} * LINE, steps, results);
             finish(args, pair, 0, rows.count, results, BLOCK * BLOCK);
             finish(args, pair + 1, 0, rows.count, results + 2 * BLOCK * BLOCK, BLOCK * BLOCK);
         }
     }
     for (; pair < end_pair; pair++) {
-        const uint8_t *first = matrix.block(2 * pair), *second = matrix.block(2 * pair + 1);
-        if (matrix.kind == BSNS_INT4) {
-            const int64_t groups = matrix.padded_columns / GROUP, bytes = static_cast<int64_t>(matrix.padded_columns) * BLOCK;
-            unpack_int4(first, matrix.block_factors(2 * pair), groups, worker.scratch);
-            unpack_int4(second, matrix.block_factors(2 * pair + 1), groups, worker.scratch + bytes);
-            first = worker.scratch;
-            second = worker.scratch + bytes;
-        }
         for (int start = 0; start < rows.count; start += ROWS_AT_ONCE) {
             const int end = rows.count - start < ROWS_AT_ONCE ? rows.count : start + ROWS_AT_ONCE;
             for (int64_t step = 0; step < steps; step += STEPS_AT_ONCE) {
                 const int64_t some = steps - step < STEPS_AT_ONCE ? steps - step : STEPS_AT_ONCE;
-                const uint8_t *left = first + step * TILE_BYTES, *right = second + step * TILE_BYTES;
+                const uint8_t *left, *right;
+                if (matrix.kind == BSNS_INT4) {
+                    left = unpacked;
+                    right = unpacked + STEPS_AT_ONCE * TILE_BYTES;
+                    unpack_steps(matrix, 2 * pair, step, some, unpacked);
+                    unpack_steps(matrix, 2 * pair + 1, step, some, unpacked + STEPS_AT_ONCE * TILE_BYTES);
+                } else {
+                    left = matrix.block(2 * pair) + step * TILE_BYTES;
+                    right = matrix.block(2 * pair + 1) + step * TILE_BYTES;
+                }
                 for (int m = start; m < end; m += PAIR) {
                     const int panel = m / BLOCK, upper = rows.panel_rows(panel) * LINE;
                     const int lower = rows.count - m > BLOCK ? rows.panel_rows(panel + 1) * LINE : 0;
@@ -737,6 +777,7 @@ void multiply_with_tiles(const Multiply &args, int first_pair, int end_pair, Wor
                     const uint8_t *below = lower > 0 ? rows.panel(panel + 1) + step * lower : nullptr;
                     const bool begin = step == 0, fetch = m == 0 && matrix.kind != BSNS_INT4;
                     float *into = results + (m - start) / PAIR * RESULTS;
+                    if (step + some == steps) fetch_output(args, pair, m, end - m < PAIR ? end - m : PAIR);
                     if (matrix.kind == BSNS_BFLOAT16 && lower > 0)
                         multiply_tiles<false, true>(left, right, above, upper, below, lower, some, begin, fetch, into);
                     else if (matrix.kind == BSNS_BFLOAT16)
@@ -756,15 +797,15 @@ void multiply_with_tiles(const Multiply &args, int first_pair, int end_pair, Wor
     _tile_release();
 }
 
-constexpr int TILES_FROM_ROWS_INT4 = 8;
+constexpr int TILES_FROM_ROWS_INT4 = 5;
 
 #endif
 
-void multiply(const Multiply &args, int first_pair, int end_pair, [[maybe_unused]] Worker &worker) {
+void multiply(const Multiply &args, int first_pair, int end_pair) {
 #if defined(__AMX_INT8__)
     const int least = args.matrix.kind == BSNS_INT4 ? TILES_FROM_ROWS_INT4 : 2;
     if (args.matrix.kind != BSNS_FLOAT32 && args.rows.count >= least) {
-        multiply_with_tiles(args, first_pair, end_pair, worker);
+        multiply_with_tiles(args, first_pair, end_pair);
         return;
     }
 #endif
@@ -1237,7 +1278,8 @@ bool supported() {
     __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
     constexpr uint32_t AMX = 1u << 22 | 1u << 24 | 1u << 25;
     if ((edx & AMX) != AMX) return false;
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return false;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("gfni"))
+        return false;
     if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) != 0) return false;
 #endif
 #if defined(__AVX512BF16__)

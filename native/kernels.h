@@ -13,7 +13,7 @@ struct Worker {
 };
 
 struct Outlier {
-    int32_t column;
+    uint32_t column;
     float value;
 };
 
@@ -109,7 +109,7 @@ struct Kernels {
     uint32_t (*enter)();
     void (*leave)(uint32_t mode);
     void (*prepare)(const Prepare &, int row);
-    void (*multiply)(const Multiply &, int first_pair, int end_pair, Worker &);
+    void (*multiply)(const Multiply &, int first_pair, int end_pair);
     void (*place)(const Place &, const Heads &);
     void (*attend)(const Attend &, Worker &);
     void (*normalize_add)(const Prepare &, int row, float *output);  // output += norm(input)
@@ -118,9 +118,7 @@ struct Kernels {
     float (*read)(const uint8_t *first, const uint8_t *second, int64_t bytes);
 };
 
-// Bytes of a thread's scratch that multiply needs: two blocks of unpacked int4 weights.
-constexpr int64_t multiply_scratch(int32_t columns) { return padded(columns, LINE) * PAIR; }
-// And attend: scores of the queries it takes at once, and the queries themselves.
+// Bytes of a thread's scratch that attend needs: scores of the queries it takes at once, and the queries themselves.
 constexpr int32_t ATTEND_QUERIES = PAIR;
 constexpr int64_t attend_scratch(int32_t tokens, int32_t head) {
     return int64_t{ATTEND_QUERIES} * (padded(tokens, PAIR) + BLOCK + head) * 4;

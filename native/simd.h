@@ -146,12 +146,40 @@ BSNS_INLINE Floats to_floats(Ints a) {
     return out;
 }
 BSNS_INLINE Floats max(Floats a, Floats b) {  // b where either is NaN
+#if defined(__AVX512F__)
+    a.part[0] = (Vf)_mm512_max_ps((__m512)a.part[0], (__m512)b.part[0]);
+#elif defined(__AVX2__)
+    BSNS_EACH a.part[i] = (Vf)_mm256_max_ps((__m256)a.part[i], (__m256)b.part[i]);
+#else
     BSNS_EACH a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+#endif
     return a;
 }
 BSNS_INLINE Floats min(Floats a, Floats b) {  // b where either is NaN
     BSNS_EACH a.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
     return a;
+}
+// All bits set where a is at least b.
+BSNS_INLINE Ints at_least(Floats a, Floats b) {
+    Ints out;
+    BSNS_EACH out.part[i] = (Vi)(a.part[i] >= b.part[i]);
+    return out;
+}
+// a, and zero where `mask` has all bits set.
+BSNS_INLINE Floats without(Floats a, Ints mask) {
+    BSNS_EACH a.part[i] = (Vf)((Vi)a.part[i] & ~mask.part[i]);
+    return a;
+}
+BSNS_INLINE bool any(Ints a) {
+    Vi all = a.part[0];
+    for (int i = 1; i < PARTS; i++) all |= a.part[i];
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)all, (__m512i)all) != 0;
+#else
+    int32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= all[i];
+    return bits != 0;
+#endif
 }
 BSNS_INLINE Floats absolute(Floats a) { return as_floats(as_ints(a) & splat_int(0x7fffffff)); }
 

@@ -74,8 +74,8 @@ void multiply_rows(Pool &pool, const Multiply &multiply) {
     // whole fours, which kernels for few rows read side by side
     const int fair = pairs / (pool.threads() * 6) / 4 * 4;
     const int each = pool.threads() == 1 ? pairs : std::clamp(fair, 4, 8);
-    pool.run((pairs + each - 1) / each, [&](int chunk, Worker &worker) {
-        pool.kernels().multiply(multiply, chunk * each, std::min(pairs, (chunk + 1) * each), worker);
+    pool.run((pairs + each - 1) / each, [&](int chunk, Worker &) {
+        pool.kernels().multiply(multiply, chunk * each, std::min(pairs, (chunk + 1) * each));
     });
 }
 
@@ -107,8 +107,7 @@ Stage::Stage(Pool &pool, const bsns_shape &shape, const bsns_block *blocks, int3
 
 bool Stage::reserve(int32_t rows, int32_t tokens) {
     const auto numbers = [&](int32_t stride) { return static_cast<size_t>(rows) * static_cast<size_t>(stride) * 4; };
-    const auto scratch = std::max(multiply_scratch(widest_), attend_scratch(tokens, head_));
-    return pool_.reserve(static_cast<size_t>(scratch)) && workspace_.reserve_rows(rows, widest_) &&
+    return pool_.reserve(static_cast<size_t>(attend_scratch(tokens, head_))) && workspace_.reserve_rows(rows, widest_) &&
            second_.reserve_rows(rows, hidden_stride_) && hidden_.reserve(numbers(hidden_stride_)) &&
            added_.reserve(numbers(hidden_stride_)) && qkv_.reserve(numbers(qkv_stride_)) &&
            attended_.reserve(numbers(attended_stride_)) && inner_.reserve(numbers(inner_stride_)) &&
