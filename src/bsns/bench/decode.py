@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from bsns.bench.alone import Alone
 from bsns.bench.machine import cpu_name
 from bsns.bench.pipes import PipeLine
 from bsns.client.generate import Stats
 from bsns.client.sampling import SamplingOptions, sample
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
-from bsns.model.attention import KVCache, Segment
-from bsns.model.ends import Ends
 from bsns.model.source import ModelSource, resolve
-from bsns.model.stage import Stage, quiet_library
+from bsns.model.stage import quiet_library
+from bsns.model.tensors import to_memory, to_tensor
 from bsns.node.client import Client
+from bsns.node.ends import load_ends
 from bsns.node.local import LocalSwarm
 from bsns.planning.joining import equal_split
 
@@ -83,11 +84,11 @@ async def bench_decode(model: str, *, dtype: str, threads: int, quick: bool, tol
             swarms[f"swarm{stages}"] = await stack.enter_async_context(client)
         told("loading the model library's own model and our engine in one process")
         library = await asyncio.to_thread(Library, source, dtype)
-        engine = await asyncio.to_thread(Engine, source, dtype)
+        engine = await asyncio.to_thread(Engine, source, dtype, threads)
         pipes = {}
         for stages in (2, 3):
             line = PipeLine(
-                source.path, equal_split(source.block_count, stages), dtype=dtype, threads=threads, ends=engine.ends
+                source, equal_split(source.block_count, stages), dtype=dtype, threads=threads, ends=engine.ends
             )
             stack.callback(line.close)
             pipes[f"pipes{stages}"] = line
@@ -117,7 +118,16 @@ async def bench_decode(model: str, *, dtype: str, threads: int, quick: bool, tol
                 kept.ttft_ms.setdefault(length, []).append(await _ttft_ms(swarms["swarm2"], prompt, length))
         for name, client in swarms.items():
             rss[name] = [round(node.now.rss_bytes / 1e6) for node in await client.status() if node.now]
-        return _report(source, samples, rss, dtype=dtype, threads=threads, rounds=rounds, load_before=load_before)
+        return _report(
+            source,
+            samples,
+            rss,
+            executor=engine.name,
+            dtype=dtype,
+            threads=threads,
+            rounds=rounds,
+            load_before=load_before,
+        )
 
 
 class Library:
@@ -154,22 +164,25 @@ class _Clock:
 
 
 class Engine:
-    """Our engine with the whole model in one process and no network."""
+    """Our engine with the whole model in one process and no network, on the executor that a node takes."""
 
-    def __init__(self, source: ModelSource, dtype: str) -> None:
-        self._stage = Stage(source.path, BlockRange(0, source.block_count), dtype=dtype)
-        self.ends = Ends(source.path, dtype=dtype)
+    def __init__(self, source: ModelSource, dtype: str, threads: int) -> None:
+        self._alone = Alone(source, BlockRange(0, source.block_count), dtype=dtype, threads=threads)
+        self.ends = load_ends(source, dtype=dtype, threads=threads)
+        self.name = self._alone.name
+        self._dtype = dtype
 
     def answer(self, prompt: list[int], tokens: int) -> Run:
-        cache = KVCache(len(prompt) + tokens)
+        self._alone.open(0, len(prompt) + tokens)
         history, options = list(prompt), SamplingOptions()
         times_s: list[float] = []
         step = prompt
         while len(times_s) < tokens:
             position = len(history) - len(step)
-            hidden = self.ends.embed(torch.tensor(step), torch.arange(position, len(history)))
-            hidden = self._stage.run(hidden, [Segment(cache, position, 0, len(step))])
-            token = sample(self.ends.logits(hidden[-1:])[0], history, options, len(history))
+            hidden = to_memory(self.ends.embed(torch.tensor(step), torch.arange(position, len(history))))
+            (output,) = self._alone.run([(0, position, len(step), hidden)])
+            last = to_tensor(output[-(len(output) // len(step)) :], self._dtype, (1, self.ends.hidden_size))
+            token = sample(self.ends.logits(last)[0], history, options, len(history))
             times_s.append(time.perf_counter())
             history.append(token)
             step = [token]
@@ -218,6 +231,7 @@ def _report(
     samples: Samples,
     rss: dict[str, Any],
     *,
+    executor: str,
     dtype: str,
     threads: int,
     rounds: int,
@@ -243,6 +257,7 @@ def _report(
         "spread": {name: [round(min(v), 2), round(max(v), 2)] for name, v in samples.single.items()},
         "same_tokens": {name: tokens == samples.texts["engine"] for name, tokens in samples.texts.items()},
         "model": {"name": source.name, "weight_mb": round(source.weight_bytes / 1e6), "blocks": source.block_count},
+        "executor": executor,
         "dtype": dtype,
         "threads": threads,
         "rounds": rounds,

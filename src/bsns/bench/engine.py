@@ -266,8 +266,7 @@ class NativeRunner:
         same = "same" if weights == dtype else weights
         blocks = BlockRange(0, source.block_count)
         self._stage = NativeStage(source.checkpoint, blocks, dtype=dtype, weights=same, threads=threads)
-        epsilon = float(source.checkpoint.config.get("rms_norm_eps") or 1e-6)
-        self._head = Projection(source.checkpoint, dtype=dtype, weights=weights, epsilon=epsilon, threads=threads)
+        self._head = Projection(source.checkpoint, dtype=dtype, weights=weights, threads=threads)
         self.weight_bytes = self._stage.weight_bytes + self._head.nbytes
         self._caches = [self._stage.open(_room(number)) for number in range(_MOST_SEQUENCES)]
         self._rows: dict[int, memoryview] = {}

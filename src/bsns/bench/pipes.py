@@ -10,23 +10,24 @@ import multiprocessing
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 
 import torch
 
+from bsns.bench.alone import Alone
 from bsns.core.blocks import BlockRange
-from bsns.model.attention import KVCache, Segment
 from bsns.model.ends import Ends
-from bsns.model.stage import Stage
+from bsns.model.source import ModelSource
 from bsns.model.tensors import to_memory, to_tensor
 
 START_S = 120.0
+TOKENS = 128
+"""Of context, after which a stage begins anew."""
 
 
 class PipeLine:
     """Processes that each run a range, and this one's ends; batch of one, greedy."""
 
-    def __init__(self, path: Path, ranges: list[BlockRange], *, dtype: str, threads: int, ends: Ends) -> None:
+    def __init__(self, source: ModelSource, ranges: list[BlockRange], *, dtype: str, threads: int, ends: Ends) -> None:
         context = multiprocessing.get_context("spawn")
         self._ends = ends
         self._dtype = dtype
@@ -34,7 +35,7 @@ class PipeLine:
         self._first, self._last = pipes[0][1], pipes[-1][0]
         self._processes: list[SpawnProcess] = []
         for index, blocks in enumerate(ranges):
-            arguments = (path, blocks, dtype, threads, pipes[index][0], pipes[index + 1][1])
+            arguments = (source, blocks, dtype, threads, pipes[index][0], pipes[index + 1][1])
             process = context.Process(target=_stage, args=arguments, daemon=True)
             process.start()
             self._processes.append(process)
@@ -60,11 +61,13 @@ class PipeLine:
             process.join()
 
 
-def _stage(path: Path, blocks: BlockRange, dtype: str, threads: int, source: Connection, sink: Connection) -> None:
+def _stage(
+    model: ModelSource, blocks: BlockRange, dtype: str, threads: int, source: Connection, sink: Connection
+) -> None:
     torch.set_num_threads(threads)
-    stage = Stage(path, blocks, dtype=dtype)
-    cache, position = KVCache(4096), 0
+    alone, position = Alone(model, blocks, dtype=dtype, threads=threads), 0
+    alone.open(0, TOKENS)
     while True:
-        hidden = to_tensor(source.recv_bytes(), dtype, (1, stage.hidden_size))
-        sink.send_bytes(bytes(to_memory(stage.run(hidden, [Segment(cache, position, 0, 1)]))))
-        position = (position + 1) % 128
+        (output,) = alone.run([(0, position, 1, source.recv_bytes())])
+        sink.send_bytes(output)
+        position = (position + 1) % TOKENS

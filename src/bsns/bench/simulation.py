@@ -18,25 +18,20 @@ from typing import Any
 
 import torch
 
+from bsns.bench.alone import Alone
 from bsns.client.sampling import SamplingOptions, sample
 from bsns.core.blocks import BlockRange
-from bsns.core.ids import PeerId, SessionId
 from bsns.model.ends import Ends
 from bsns.model.source import ModelSource, resolve
-from bsns.model.stage import Stage
 from bsns.model.tensors import TORCH_DTYPES, to_memory
 from bsns.node.client import Client
+from bsns.node.ends import load_ends
 from bsns.node.local import LocalSwarm
 from bsns.planning.joining import equal_split
-from bsns.protocol.inference import Part
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.simulator.report import report
 from bsns.simulator.scenario import Clients, Model, Nodes, Scenario, Ways
 from bsns.simulator.world import simulate as simulate_scenario
-from bsns.worker.batching import Batch, Work
-from bsns.worker.executor import Executor
-from bsns.worker.sessions import Session
-from bsns.worker.torch_executor import TorchExecutor
 
 SWARMS = (3, 6)
 STREAMS = (1, 4, 8)
@@ -174,34 +169,31 @@ def _overhead_ms(profile: Profile, tokens_per_s: float, blocks: int) -> float:
 
 def _profile(source: ModelSource) -> Profile:
     blocks = BlockRange(0, max(1, source.block_count // SWARMS[0]))
-    executor: Executor = TorchExecutor(Stage(source.path, blocks, dtype=DTYPE), dtype=DTYPE)
-    times_ms = {rows: _batch_ms(executor, blocks, rows) / len(blocks) for rows in ROWS}
+    alone = Alone(source, blocks, dtype=DTYPE)
+    times_ms = {rows: _batch_ms(alone, rows) / len(blocks) for rows in ROWS}
     further_ms = (times_ms[ROWS[-1]] - times_ms[1]) / (ROWS[-1] - 1)
-    ends = Ends(source.path, dtype=DTYPE)
+    ends = load_ends(source, dtype=DTYPE)
     turn_ms, last_ms = _turn_ms(ends, 1), _turn_ms(ends, ROWS[-1])
     row_ms = max(0.0, last_ms - turn_ms) / (ROWS[-1] - 1)
     return Profile(times_ms[1], times_ms[1] / max(further_ms, 1e-3), turn_ms, row_ms)
 
 
-def _batch_ms(executor: Executor, blocks: BlockRange, rows: int) -> float:
+def _batch_ms(alone: Alone, rows: int) -> float:
     """A batch of so many sessions, each with a row after a prompt."""
-    dtype = TORCH_DTYPES[executor.dtype]
-    works: list[tuple[Session, memoryview]] = []
+
+    def noise(rows: int) -> memoryview:
+        return to_memory((torch.rand(rows, alone.hidden_size) - 0.5).to(TORCH_DTYPES[DTYPE]))
+
     for number in range(rows):
-        id_ = SessionId(number)
-        executor.open(id_, PROMPT_TOKENS + TOKENS)
-        session = Session(id_, PeerId("bench"), blocks, PROMPT_TOKENS + TOKENS, 1, None, None, ())
-        prompt = to_memory((torch.rand(PROMPT_TOKENS, executor.hidden_size) - 0.5).to(dtype))
-        executor.run(Batch(blocks, [Work(session, Part(id_, 0, PROMPT_TOKENS, 0), prompt, 0.0)]))
-        works.append((session, to_memory((torch.rand(1, executor.hidden_size) - 0.5).to(dtype))))
+        alone.open(number, PROMPT_TOKENS + TOKENS)
+        alone.run([(number, 0, PROMPT_TOKENS, noise(PROMPT_TOKENS))])
+    inputs = [noise(1) for _ in range(rows)]
     times_s = []
     for at in range(PROMPT_TOKENS, PROMPT_TOKENS + REPEATS):
-        batch = Batch(blocks, [Work(session, Part(session.id, at, 1, 1), row, 0.0) for session, row in works])
         began_s = time.perf_counter()
-        executor.run(batch)
+        alone.run([(number, at, 1, row) for number, row in enumerate(inputs)])
         times_s.append(time.perf_counter() - began_s)
-    for session, _ in works:
-        executor.close(session.id)
+    alone.close()
     return 1e3 * statistics.median(times_s)
 
 

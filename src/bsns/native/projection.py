@@ -25,7 +25,7 @@ _ALIGNED = 64  # numbers
 class Projection:
     """Of a model laid out like Llama, with an RMS norm and no bias. Not thread-safe: one caller at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: str, weights: str, epsilon: float, threads: int = 1) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, dtype: str, weights: str, threads: int = 1) -> None:
         """`dtype` is that of activations. Raises NotNative, CorruptModel, NotEnoughMemory."""
         library = native_library()
         if isinstance(library, str):
@@ -34,7 +34,12 @@ class Projection:
         norm = checkpoint.tensors.get(_NORM)
         if head is None or norm is None:
             raise NotNative("its last norm and head are not where Llama has them")
-        self._library, self._dtype, self._epsilon = library, dtype, epsilon
+        if dtype not in ("float32", "bfloat16"):
+            raise NotNative(f"dtype {dtype}")
+        epsilon = checkpoint.config.get("rms_norm_eps")
+        if not isinstance(epsilon, (int, float)):
+            raise NotNative("its configuration has no rms_norm_eps")
+        self._library, self._dtype, self._epsilon = library, dtype, float(epsilon)
         self._outlier = OUTLIER if weights in KEPT_ON_DISK else 0.0
         resources = ExitStack()
         self.close = weakref.finalize(self, resources.close)

@@ -2,6 +2,7 @@
 
 peer          transport, membership and directory of one process
 server        a node that serves a range of blocks
+ends          a model's two ends, for a client
 executors     which executor computes a node's blocks, and why
 capacity      what its machine has room for: device, dtype, range and cache
 prober        measures a node's ways to the others

@@ -23,8 +23,8 @@ from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.ids import PeerId
-from bsns.model.ends import Ends
 from bsns.model.source import SMOLLM2, ModelSource, resolve
+from bsns.node.ends import load_ends
 from bsns.node.peer import Peer
 from bsns.node.view import NodeStatus, View
 from bsns.planning.selection import Weights
@@ -173,7 +173,7 @@ class Client:
             self._peer = await Peer.join(self._invite, None)
         dtype = await self._choose_dtype(View(self._peer.directory, source.model_id, None, source.block_count))
         ends, prompts = await asyncio.gather(
-            asyncio.to_thread(Ends, source.path, dtype=dtype, device=self._device),
+            asyncio.to_thread(load_ends, source, dtype=dtype, device=self._device, threads=self._threads),
             asyncio.to_thread(Prompts, source.path),
         )
         wish = replace(self._wish, hop_bytes=source.hidden_size * DTYPE_BYTES[dtype])
