@@ -14,13 +14,18 @@ from native_stages import NativeRun, Part, TorchRun, needs_native
 from tiny_models import FAMILIES as TINY
 from tiny_models import prompt, reference
 
+from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.model.checkpoint import read_checkpoint
+from bsns.model.ends import Ends
+from bsns.model.source import resolve
 from bsns.model.stage import Stage
 from bsns.native.architecture import NotNative
 from bsns.native.families import FAMILIES
 from bsns.native.stage import NativeStage
+from bsns.node.ends import load_ends
+from bsns.node.executors import Choice, load_executor
 from bsns.worker.native_executor import NativeExecutor
 
 pytestmark = needs_native
@@ -119,3 +124,20 @@ async def test_a_swarm_of_native_nodes_equals_the_library(
     async with asyncio.timeout(5):  # the last session's end is on its way
         while any(executor._caches for executor in executors):  # noqa: ASYNC110  an executor tells nobody
             await asyncio.sleep(0.01)
+
+
+async def test_the_same_answer_of_256_tokens() -> None:
+    """Of the built-in model in float32, from native blocks and a native head and from the library's."""
+    source = resolve("smollm2-135m")
+    whole = BlockRange(0, source.block_count)
+    answers = []
+    for name, ends in (("native", load_ends(source, dtype="float32")), ("torch", Ends(source.path, dtype="float32"))):
+        executor = load_executor(Choice(name), source, whole, dtype="float32", device="cpu", threads=2)
+        members = MemorySwarm()
+        await members.add_node(name, executor, block_count=source.block_count, context_tokens=512)
+        tokens = Prompts(source.path).encode("The lighthouse keeper looked out over the sea and")
+        client = members.client(ends, context_tokens=512)
+        answers.append(await answer(client, tokens, SamplingOptions(max_tokens=256)))
+        await members.close()
+    assert len(answers[0]) == 256
+    assert answers[0] == answers[1]

@@ -142,7 +142,7 @@ class Library:
         self, stage: Handle, first: int, end: int, segments: Sequence[Segment], source: int, target: int, kind: str
     ) -> None:
         """One step; `source` and `target` are addresses of (rows, hidden) in `kind`. See bsns_stage_run."""
-        array = (Segment * len(segments))(*segments)
+        array = byref(segments[0]) if len(segments) == 1 else (Segment * len(segments))(*segments)
         status = self._calls.bsns_stage_run(
             stage.pointer, first, end, array, len(segments), source, target, KINDS[kind]
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, closing
 
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import SessionId
@@ -55,18 +54,22 @@ class NativeExecutor:
         cache.close()
 
     def run(self, batch: Batch) -> list[memoryview]:
-        with ExitStack() as passing:
-            with self._lock:
-                caches = [self._caches.get(work.part.session) for work in batch.works]
-                self._in_use.update(cache for cache in caches if cache is not None)
-            passing.callback(self._release)
+        with self._lock:
+            caches = [self._caches.get(work.part.session) for work in batch.works]
+            self._in_use.update(cache for cache in caches if cache is not None)
+        own: list[Cache] = []
+        try:
             segments: list[Segment] = []
             for work, cache in zip(batch.works, caches, strict=True):
                 position, rows = work.part.position, work.part.rows
                 if cache is None:
-                    cache = passing.enter_context(closing(self._stage.open(position + rows)))
+                    own.append(cache := self._stage.open(position + rows))
                 segments.append(Segment(cache, position, rows))
             output = self._stage.run(segments, _joined([work.hidden for work in batch.works]), batch.blocks)
+        finally:
+            self._release(own)
+        if len(segments) == 1:
+            return [output]
         outputs: list[memoryview] = []
         start = 0
         for segment in segments:
@@ -75,12 +78,12 @@ class NativeExecutor:
             start = end
         return outputs
 
-    def _release(self) -> None:
-        """No batch runs any more."""
+    def _release(self, own: list[Cache]) -> None:
+        """No batch runs any more; `own` were its alone."""
         with self._lock:
             self._in_use.clear()
             ended, self._ended = self._ended, []
-        for cache in ended:
+        for cache in (*ended, *own):
             cache.close()
 
 

@@ -137,11 +137,12 @@ class Worker:
     @property
     def block_time_s(self) -> float:
         """What a block takes for a single token: the median of what it took lately."""
-        return statistics.median(self._block_times_s)
+        return self._median_s
 
     @block_time_s.setter
     def block_time_s(self, seconds: float) -> None:
         self._block_times_s = deque([seconds] * (MEASURED // 2 + 1), maxlen=MEASURED)
+        self._median_s = seconds
 
     def description(self) -> Description:
         return Description(
@@ -353,7 +354,11 @@ class Worker:
         now_s = statistics.median(times_s)
         if not self.block_time_s / FAR_OFF <= now_s <= self.block_time_s * FAR_OFF:
             self.block_time_s = now_s
+        self._note_times(times_s)
+
+    def _note_times(self, times_s: Sequence[float]) -> None:
         self._block_times_s.extend(times_s)
+        self._median_s = statistics.median(self._block_times_s)
 
     def _compute(self) -> None:
         """Run the next batch, if none runs and one waits."""
@@ -363,7 +368,7 @@ class Worker:
         held = batch.works[0].session.held
         assert held is not None
         executor = self._executors[held]
-        block_time_s = max(self.block_time_s, self._block_times_s[-1])  # a node that becomes slow shall not be deaf
+        block_time_s = max(self._median_s, self._block_times_s[-1])  # a node that becomes slow shall not be deaf
         expected_s = block_time_s * len(batch.blocks) * (1 + (batch.rows - 1) / ROWS_PER_BLOCK_TIME)
         if expected_s < self._short_s:
             self._finish(batch, self._run(executor, batch), self._now_s())
@@ -405,10 +410,6 @@ class Worker:
     def _deliver(self, batch: Batch, outputs: list[memoryview], finished_s: float) -> None:
         """Send each work's output on: to the next stage, or back to the client that asked."""
         started_s = batch.works[0].started_s
-        self.steps += 1
-        self.rows += batch.rows
-        if batch.rows == len(batch.works) == 1:
-            self._block_times_s.append((finished_s - started_s) / len(batch.blocks))
         compute_ms = (finished_s - started_s) * 1e3
         groups: defaultdict[tuple[bool, PeerId], list[tuple[Work, memoryview]]] = defaultdict(list)
         for work, output in zip(batch.works, outputs, strict=True):
@@ -425,6 +426,12 @@ class Worker:
             groups[(onward is not None, onward or work.session.client)].append((work, output))
         for (forward, peer), members in groups.items():
             self._pass_on(forward, peer, members, compute_ms)
+        # now that the step is on its way
+        rows = batch.rows
+        self.steps += 1
+        self.rows += rows
+        if rows == len(batch.works) == 1:
+            self._note_times([(finished_s - started_s) / len(batch.blocks)])
 
     def _pass_on(self, forward: bool, peer: PeerId, members: list[tuple[Work, memoryview]], compute_ms: float) -> None:
         hidden, dtype = self._hidden_size, self._dtype
