@@ -306,14 +306,16 @@ bsns_status bsns_read_bandwidth(bsns_pool *pool, int64_t bytes, double seconds, 
         *bytes_per_s = 0;
         const auto now = [] { return std::chrono::steady_clock::now(); };
         const auto started = now();
+        bool many = false;
         do {
             const auto before = now();
             pool->pool.run(chunks, [&](int chunk, Worker &) {
                 const uint8_t *at = memory.as<uint8_t>() + chunk * CHUNK;
-                witness += static_cast<int64_t>(pool->pool.kernels().read(at, at + CHUNK / 2, CHUNK / 2));
+                witness += static_cast<int64_t>(pool->pool.kernels().read(at, CHUNK, many));
             });
             const double took = std::chrono::duration<double>(now() - before).count();
             *bytes_per_s = std::max(*bytes_per_s, static_cast<double>(chunks * CHUNK) / took);
+            many = !many;
         } while (std::chrono::duration<double>(now() - started).count() < seconds);
         return BSNS_OK;
     });

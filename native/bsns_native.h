@@ -146,7 +146,8 @@ bsns_status bsns_project(
     float epsilon, float outlier, const float *bias, int32_t rows, const void *input, int32_t kind, float *output
 );
 
-/* Bytes per second at which the pool's threads read memory at best: two streams each, prefetched, in large pages. */
+/* Bytes per second at which the pool's threads read memory at best, in large pages: in two places each, fetched
+   ahead, and in eight, in turns. */
 bsns_status bsns_read_bandwidth(bsns_pool *pool, int64_t bytes, double seconds, double *bytes_per_s);
 
 #pragma GCC visibility pop

@@ -115,7 +115,7 @@ struct Kernels {
     void (*normalize_add)(const Prepare &, int row, float *output);  // output += norm(input)
     void (*convert)(const void *input, int32_t kind, float *output, int64_t count);
     void (*restore)(const float *input, int32_t kind, void *output, int64_t count);
-    float (*read)(const uint8_t *first, const uint8_t *second, int64_t bytes);
+    float (*read)(const uint8_t *from, int64_t bytes, bool many);  // a multiple of 8 lines
 };
 
 // Bytes of a thread's scratch that attend needs: scores of the queries it takes at once, and the queries themselves.

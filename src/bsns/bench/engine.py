@@ -182,7 +182,7 @@ def _bench_model(
 def _bandwidth(library: Library, threads: int) -> float:
     pool = library.pool(threads)
     try:
-        return library.read_bandwidth(pool, BANDWIDTH_BYTES, 0.3)
+        return library.read_bandwidth(pool, BANDWIDTH_BYTES, 0.6)
     finally:
         pool.close()
 
