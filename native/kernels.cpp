@@ -703,6 +703,10 @@ void multiply_four(const Matrix &matrix, int64_t block, const uint8_t *rows, int
     unpack(0);
     for (int64_t step = 0; step < steps; step++) {
         unpack(step + 1);  // while the tiles multiply what was unpacked before
+        for (int b = 0; KIND != BSNS_INT4 && b < 4; b++) {
+            for (int line = 0; line < TILE_BYTES; line += LINE)
+                prefetch(weights + (step + 4) * TILE_BYTES + b * matrix.block_bytes + line);
+        }
         _tile_loadd(4, rows + step * stride, LINE);
         _tile_loadd(5, tile(step, 0), LINE);
         _tile_loadd(6, tile(step, 1), LINE);
