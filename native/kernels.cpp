@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "numbers.h"
 #include "simd.h"
@@ -532,6 +533,24 @@ template <int R, int B> BSNS_INLINE void multiply_strip(const Multiply &args, in
     for (int b = 0; b < B; b += 2) finish(args, pair + b / 2, first, R, results + b * R * BLOCK, R * BLOCK);
 }
 
+// Calls `with` with how many of the next rows of a panel a kernel takes at once.
+template <typename With> BSNS_INLINE int take_rows(const Rows &rows, int first, int most, With &&with) {
+    const int left = rows.panel_rows(first / BLOCK) - first % BLOCK, count = left < most ? left : most;
+    if constexpr (TILE_ROWS >= 8) {
+        if (count >= 8) return with(std::integral_constant<int, 8>{});
+    }
+    if constexpr (TILE_ROWS >= 4) {
+        if (count >= 4) return with(std::integral_constant<int, 4>{});
+    }
+    if constexpr (TILE_ROWS >= 3) {
+        if (count >= 3) return with(std::integral_constant<int, 3>{});
+    }
+    if constexpr (TILE_ROWS >= 2) {
+        if (count >= 2) return with(std::integral_constant<int, 2>{});
+    }
+    return with(std::integral_constant<int, 1>{});
+}
+
 void multiply_with_vectors(const Multiply &args, int first_pair, int end_pair) {
     const int count = args.rows.count;
     int pair = first_pair;
@@ -541,24 +560,10 @@ void multiply_with_vectors(const Multiply &args, int first_pair, int end_pair) {
     const bool halves = args.matrix.kind == BSNS_BFLOAT16 || args.matrix.kind == BSNS_INT4;
     for (; pair < end_pair; pair++) {
         for (int first = 0; first < count;) {
-            const int left = args.rows.panel_rows(first / BLOCK) - first % BLOCK;
-            const int most = halves ? HALF_ROWS : TILE_ROWS;
-            if (TILE_ROWS >= 8 && most >= 8 && left >= 8) {
-                multiply_strip<TILE_ROWS >= 8 ? 8 : 1, 2>(args, pair, first);
-                first += 8;
-            } else if (TILE_ROWS >= 4 && most >= 4 && left >= 4) {
-                multiply_strip<TILE_ROWS >= 4 ? 4 : 1, 2>(args, pair, first);
-                first += 4;
-            } else if (TILE_ROWS >= 3 && most >= 3 && left >= 3) {
-                multiply_strip<TILE_ROWS >= 3 ? 3 : 1, 2>(args, pair, first);
-                first += 3;
-            } else if (TILE_ROWS >= 2 && most >= 2 && left >= 2) {
-                multiply_strip<TILE_ROWS >= 2 ? 2 : 1, 2>(args, pair, first);
-                first += 2;
-            } else {
-                multiply_strip<1, 2>(args, pair, first);
-                first += 1;
-            }
+            first += take_rows(args.rows, first, halves ? HALF_ROWS : TILE_ROWS, [&](auto taken) {
+                multiply_strip<taken(), 2>(args, pair, first);
+                return taken();
+            });
         }
     }
 }

@@ -51,9 +51,15 @@ BSNS_INLINE Vf fused(Vf a, Vf b, Vf c) {  // a * b + c
 #endif
 }
 
-BSNS_INLINE Floats splat(float value) {
+BSNS_INLINE Floats splat(float value) {  // not Vf{} + value, which adds, because of -0
     Floats out;
-    BSNS_EACH out.part[i] = Vf{} + value;
+#if defined(__AVX512F__)
+    out.part[0] = (Vf)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    BSNS_EACH out.part[i] = (Vf)_mm256_set1_ps(value);
+#else
+    BSNS_EACH out.part[i] = Vf{value, value, value, value};
+#endif
     return out;
 }
 BSNS_INLINE Ints splat_int(int32_t value) {
