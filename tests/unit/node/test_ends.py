@@ -78,3 +78,15 @@ def test_threads_take_turns(tiny_model: TinyModel) -> None:
         for _ in range(20):
             for actual, wanted in zip(threads.map(ends.logits, inputs), expected, strict=True):
                 assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_lying_stage_sends_spoils_its_own_row_alone(dtype: str, tiny_model: TinyModel) -> None:
+    ends = load_ends(resolve(str(tiny_model("llama"))), dtype=dtype)
+    hidden_ND = activations(ends, 5)
+    expected = ends.logits(hidden_ND)
+    hidden_ND[2, 3] = float("nan")
+    actual = ends.logits(hidden_ND)
+    assert not actual[2].isfinite().any()
+    others = [0, 1, 3, 4]
+    assert torch.equal(actual[others], expected[others])
