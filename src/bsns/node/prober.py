@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ FIRST_VISIT_S = 0.1
 LEAST_READ_S = 2.0
 READ_SHARE = 0.02
 """The directory is read as often as this, and so seldom that reading takes no greater share of the time."""
+READS = 5
+"""What reading takes is the quickest of so many: a machine that was busy once says nothing of the directory."""
 BUSY_SHARE = 0.01
 BUSY_BURST_S = 1.0
 """How long probes may keep our links busy: the share, and the seconds at once."""
@@ -102,6 +105,7 @@ class Prober:
         self._rng = rng or np.random.default_rng()
         self._records: dict[PeerId, NodeRecord] = {}
         self._neighbours: frozenset[PeerId] = frozenset()
+        self._reads_s = deque([LEAST_READ_S * READ_SHARE], maxlen=READS)
         self._next_read_s = -math.inf
         self._estimates: dict[PeerId, LinkEstimator] = {}
         self._allowance = Allowance(BUSY_SHARE, BUSY_BURST_S)
@@ -168,8 +172,8 @@ class Prober:
         try:
             records = await self._read()
         finally:
-            took_s = self._clock.now_s() - started_s
-            self._next_read_s = started_s + max(LEAST_READ_S, took_s / READ_SHARE)
+            self._reads_s.append(self._clock.now_s() - started_s)
+            self._next_read_s = started_s + max(LEAST_READ_S, min(self._reads_s) / READ_SHARE)
         own = next((record for record in records if record.peer == self._own), None)
         there = [record for record in records if record.state == "serving"]  # others do not listen yet
         self._records = {record.peer: record for record in there if record.peer != self._own}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -42,10 +43,13 @@ class Scene:
         self.swarm = swarm
         self.ahead_s = 0.0
         self.busy = False
+        self.read_s: dict[int, float] = {}
+        """How long the directory is read, by the number of the read; none at all otherwise."""
+        self.reads = 0
         self.prober = Prober(
             OWN,
             swarm.network.transport(OWN).dial,
-            swarm.directory.records,
+            self.read,
             busy=lambda: self.busy,
             rng=np.random.default_rng(0),
             clock=self,
@@ -56,6 +60,11 @@ class Scene:
 
     def unix_s(self) -> float:
         return time.time() + self.ahead_s
+
+    async def read(self) -> Sequence[NodeRecord]:
+        self.ahead_s += self.read_s.get(self.reads, 0.0)
+        self.reads += 1
+        return await self.swarm.directory.records()
 
     async def nodes(self, *names: str) -> None:
         for name in names:
@@ -111,6 +120,24 @@ async def test_a_newcomer_is_measured_within_two_seconds(scene: Scene) -> None:
     await scene.visits(10)
     await scene.nodes("b")
     assert "b" in await scene.visits(3)
+
+
+@pytest.mark.parametrize("slow", [{0}, {3}, {0, 1, 2, 3}])
+async def test_reads_that_take_long_once_keep_nobody_waiting(scene: Scene, slow: set[int]) -> None:
+    scene.read_s = dict.fromkeys(slow, 2.0)
+    await scene.nodes("a")
+    await scene.visits(10)
+    await scene.nodes("b")
+    assert "b" in await scene.visits(3)
+
+
+async def test_where_reading_takes_long_it_is_done_seldom(scene: Scene) -> None:
+    scene.read_s = dict.fromkeys(range(1000), 0.5)
+    await scene.nodes("a")
+    await scene.visits(20)
+    before, started_s = scene.reads, scene.now_s()
+    await scene.visits(200)
+    assert (scene.reads - before) * 0.5 <= 1.1 * module.READ_SHARE * (scene.now_s() - started_s)
 
 
 async def test_whoever_does_not_answer_is_left_alone_and_the_others_are_not(scene: Scene) -> None:
