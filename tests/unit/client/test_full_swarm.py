@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,18 +40,20 @@ class JitteryNetwork(MemoryNetwork):
         super().__init__()
         self._rng = random.Random(1)
         self._free_s: dict[Pipe, float] = {}
+        self._under_way: defaultdict[Pipe, deque[Callable[[], None]]] = defaultdict(deque)
 
     def carry(self, pipe: Pipe, data: bytes) -> None:
-        asyncio.get_running_loop().call_at(self._arrival_s(pipe), pipe.arrive, data)
+        self._send(pipe, partial(pipe.arrive, data))
 
     def carry_end(self, pipe: Pipe, lost: bool) -> None:
-        asyncio.get_running_loop().call_at(self._arrival_s(pipe), pipe.end, lost)
+        self._send(pipe, partial(pipe.end, lost))
 
-    def _arrival_s(self, pipe: Pipe) -> float:
-        """What is sent later arrives later."""
-        now_s = asyncio.get_running_loop().time()
-        self._free_s[pipe] = max(now_s + self._rng.uniform(0.0, 0.02), self._free_s.get(pipe, 0.0) + 1e-6)
-        return self._free_s[pipe]
+    def _send(self, pipe: Pipe, what: Callable[[], None]) -> None:
+        """What is sent later arrives later, though timers of one millisecond go off in any order (uvloop's do)."""
+        loop = asyncio.get_running_loop()
+        self._free_s[pipe] = max(loop.time() + self._rng.uniform(0.0, 0.02), self._free_s.get(pipe, 0.0))
+        self._under_way[pipe].append(what)
+        loop.call_at(self._free_s[pipe], lambda: self._under_way[pipe].popleft()())
 
 
 @dataclass
