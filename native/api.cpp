@@ -7,6 +7,7 @@
 #include <new>
 #include <string>
 #include <system_error>
+#include <vector>
 
 #include "bsns_native.h"
 #include "memory.h"
@@ -109,6 +110,14 @@ bsns_status check_block(const bsns_shape &shape, const bsns_block &block, int32_
     if (shape.rotary_size > 0 && block.inverse_frequencies == nullptr) return bad("rotary", "has no frequencies");
     if (block.window < 0) return bad("window", "is negative");
     return BSNS_OK;
+}
+
+const char *codec_flaw(const Kernels &kernels, int32_t codec, int64_t rows, int32_t columns, int32_t kind, int64_t row_bytes) {
+    if (codec < BSNS_INT8_BLOCKS || codec > BSNS_INT4_ROTATED) return "a codec that is unknown";
+    if (kind != BSNS_FLOAT32 && kind != BSNS_BFLOAT16) return "activations of an unknown kind";
+    if (rows < 0 || columns < 1 || columns > MOST_NUMBERS) return "activations of an impossible shape";
+    if (kernels.encoded_bytes(codec, columns) != row_bytes) return "rows of another length than the codec gives them";
+    return nullptr;
 }
 
 Stage *stage_of(bsns_stage *stage) { return reinterpret_cast<Stage *>(stage); }
@@ -291,6 +300,32 @@ bsns_status bsns_project(
             kernels.restore(out + m * wide, BSNS_FLOAT32, output + m * packed.rows, packed.rows);
         kernels.leave(mode);
         return BSNS_OK;
+    });
+}
+
+bsns_status bsns_encode(
+    int32_t codec, int64_t rows, int32_t columns, int32_t kind, const void *source, void *target, int64_t row_bytes,
+    int64_t *bad_row
+) {
+    return guarded([&] {
+        static const Kernels *const kernels = best_kernels();
+        if (const char *flaw = codec_flaw(*kernels, codec, rows, columns, kind, row_bytes)) return fail(BSNS_BAD_ARGUMENT, "%s", flaw);
+        std::vector<float> row(static_cast<size_t>(columns));
+        *bad_row = kernels->encode(codec, rows, columns, kind, source, static_cast<uint8_t *>(target), row.data());
+        return *bad_row < 0 ? BSNS_OK : fail(BSNS_NOT_FINITE, "activations that are not finite");
+    });
+}
+
+bsns_status bsns_decode(
+    int32_t codec, int64_t rows, int32_t columns, int32_t kind, const void *source, void *target, int64_t row_bytes,
+    int64_t *bad_row
+) {
+    return guarded([&] {
+        static const Kernels *const kernels = best_kernels();
+        if (const char *flaw = codec_flaw(*kernels, codec, rows, columns, kind, row_bytes)) return fail(BSNS_BAD_ARGUMENT, "%s", flaw);
+        std::vector<float> row(static_cast<size_t>(columns));
+        *bad_row = kernels->decode(codec, rows, columns, kind, static_cast<const uint8_t *>(source), target, row.data());
+        return *bad_row < 0 ? BSNS_OK : fail(BSNS_NOT_FINITE, "scales that are not finite");
     });
 }
 

@@ -16,14 +16,14 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define BSNS_ABI 1 /* raised with every change of this file */
+#define BSNS_ABI 2 /* raised with every change of this file */
 #define BSNS_PACKING 1 /* raised with every change of what packed weights look like */
 
 typedef enum {
     BSNS_OK = 0,
     BSNS_BAD_ARGUMENT = 1, /* the caller's mistake: a shape, a position, a pointer */
     BSNS_NO_MEMORY = 2,
-    BSNS_NOT_FINITE = 3, /* weights that hold NaN or infinity */
+    BSNS_NOT_FINITE = 3, /* weights or activations that hold NaN or infinity */
 } bsns_status;
 
 /* How numbers are kept. int8 weights have a scale for each row; int4 one for each row and 32 columns. */
@@ -144,6 +144,25 @@ bsns_status bsns_stage_run(
 bsns_status bsns_project(
     bsns_pool *pool, const bsns_matrix *matrix, int32_t norm, const float *norm_weight, const float *norm_bias,
     float epsilon, float outlier, const float *bias, int32_t rows, const void *input, int32_t kind, float *output
+);
+
+/* Codecs of activations, row by row, each row its scales and then its codes; see bsns.protocol.codecs. */
+typedef enum {
+    BSNS_INT8_BLOCKS = 0,
+    BSNS_INT8_DYNAMIC = 1,
+    BSNS_INT8_ROTATED = 2,
+    BSNS_INT4_ROTATED = 3,
+} bsns_codec;
+
+/* From (rows, columns) in `kind` (float32 or bfloat16) to rows of `row_bytes`, and back. Where a row is not finite, or its
+ * scales are not: BSNS_NOT_FINITE, and which row it is. */
+bsns_status bsns_encode(
+    int32_t codec, int64_t rows, int32_t columns, int32_t kind, const void *source, void *target, int64_t row_bytes,
+    int64_t *bad_row
+);
+bsns_status bsns_decode(
+    int32_t codec, int64_t rows, int32_t columns, int32_t kind, const void *source, void *target, int64_t row_bytes,
+    int64_t *bad_row
 );
 
 /* Bytes per second at which the pool's threads read memory at best, in large pages: in two places each, fetched

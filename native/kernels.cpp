@@ -8,6 +8,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "codecs.h"
 #include "numbers.h"
 #include "simd.h"
 
@@ -1326,8 +1327,8 @@ namespace bsns {
 
 extern const Kernels BSNS_SET;
 const Kernels BSNS_SET = {
-    BSNS_NAME(BSNS_SET), supported, enter,   leave,   prepare, multiply, place,
-    attend,              normalize_add, convert, restore, read,
+    BSNS_NAME(BSNS_SET), supported, enter,          leave,          prepare,           multiply, place,
+    attend,              normalize_add, convert, restore, codecs::encode, codecs::decode, codecs::row_bytes, read,
 };
 
 }  // namespace bsns

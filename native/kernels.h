@@ -115,6 +115,10 @@ struct Kernels {
     void (*normalize_add)(const Prepare &, int row, float *output);  // output += norm(input)
     void (*convert)(const void *input, int32_t kind, float *output, int64_t count);
     void (*restore)(const float *input, int32_t kind, void *output, int64_t count);
+    // Codecs: the first row that cannot be taken, or -1; `row` has room for one in float32.
+    int64_t (*encode)(int32_t codec, int64_t rows, int columns, int32_t kind, const void *source, uint8_t *target, float *row);
+    int64_t (*decode)(int32_t codec, int64_t rows, int columns, int32_t kind, const uint8_t *source, void *target, float *row);
+    int64_t (*encoded_bytes)(int32_t codec, int columns);  // of a row
     float (*read)(const uint8_t *from, int64_t bytes, bool many);  // a multiple of 8 lines
 };
 

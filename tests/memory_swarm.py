@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bsns.client.generate import FindRoute, Generator
+from bsns.client.finding import ChooseCodec, FindRoute
+from bsns.client.generate import Generator
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
 from bsns.model.ends import Ends
 from bsns.model.stage import Stage
 from bsns.node.view import View
+from bsns.protocol.codecs import RAW
 from bsns.protocol.records import NodeRecord
 from bsns.routing.chain import Hop, Route
 from bsns.swarm.directory import MemoryDirectory
@@ -134,6 +136,7 @@ class MemorySwarm:
         end_tokens: Collection[int] = (),
         name: str | None = None,
         warm_spares: bool = False,
+        choose_codec: ChooseCodec = lambda sender, receiver: RAW,
     ) -> Generator:
         """A client that finds its routes in the directory, or always takes `route`."""
         dtype = str(ends.dtype).removeprefix("torch.")
@@ -159,6 +162,7 @@ class MemorySwarm:
             dtype=dtype,
             context_tokens=context_tokens,
             deadline_s=deadline_s,
+            choose_codec=choose_codec,
             release=view.release if route is None else lambda route: None,
             blame=view.blame,
             warm_spares=warm_spares,

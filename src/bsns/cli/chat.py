@@ -36,6 +36,7 @@ def chat(
     objective: routing.Objective = "latency",
     weights: routing.Weights = None,
     warm_spares: routing.WarmSpares = False,
+    wire: routing.Wire = "auto",
     temperature: sampling.Temperature = 0.7,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 0.95,
@@ -70,6 +71,7 @@ def chat(
                 objective=objective,
                 weights=weights,
                 warm_spares=warm_spares,
+                wire=wire,
             )
             say("joining the swarm")
             await client.__aenter__()

@@ -21,6 +21,13 @@ WarmSpares = Annotated[
         help="Let other nodes compute every step along, so that a lost node is replaced at once. Costs as much again.",
     ),
 ]
+Wire = Annotated[
+    Literal["auto", "none", "bf16", "int8", "int8-dyn", "int8-rot", "int4"],
+    typer.Option(
+        "--wire",
+        help="What activations travel in: auto is int8 on ways where that is faster, and as they are on others.",
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option(

@@ -57,6 +57,7 @@ def up(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[int, typer.Option("--threads", min=1, metavar="N", help="Compute threads per node.")] = 1,
     warm_spares: routing.WarmSpares = False,
+    wire: routing.Wire = "auto",
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -118,7 +119,7 @@ def up(
                 await swarm.__aenter__()
                 stack.push_async_callback(_take_down, swarm, quiet=as_json)
                 say("opening the model's ends")
-                client = Client.on(swarm.peer, source, dtype=dtype, warm_spares=warm_spares)
+                client = Client.on(swarm.peer, source, dtype=dtype, warm_spares=warm_spares, wire=wire)
                 await stack.enter_async_context(client)
                 say("measuring")
                 forecast = await _forecast(client, source)

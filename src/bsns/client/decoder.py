@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 import torch
 
 from bsns.client.sampling import SamplingOptions, sample
+from bsns.compression.rows import encode
 from bsns.core.errors import BsnsError
 from bsns.core.ids import SessionId
 from bsns.model.ends import Ends
 from bsns.model.tensors import to_memory, to_tensor
+from bsns.protocol.codecs import RAW
+from bsns.protocol.frames import Buffer
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 
 
@@ -34,6 +37,8 @@ class Answer:
     prompt_tokens: int
     max_tokens: int
     """Of the answer."""
+    codec: str = RAW
+    """Of what is sent into its route."""
     finished: str | None = None
     """`stop` or `length` once the last token is chosen."""
     sent_s: float = 0.0
@@ -56,7 +61,7 @@ class Arrived:
     """The last stage's row for an answer's newest position."""
 
     answer: Answer
-    hidden: memoryview
+    hidden: Buffer
     hops: tuple[tuple[float, float], ...] = ()
 
 
@@ -66,7 +71,8 @@ class Turned:
 
     answer: Answer
     token: int
-    hidden: memoryview | None
+    hidden: Buffer | None
+    """In its answer's codec."""
     finished: str | None
 
 
@@ -111,13 +117,13 @@ class Decoder:
         self._arrived.extend(arrived)
         self._turn()
 
-    async def embed(self, tokens: Sequence[int], position: int) -> memoryview:
-        """Activations of tokens at `position` and after, as bytes in the wire's dtype."""
+    async def embed(self, tokens: Sequence[int], position: int, codec: str = RAW) -> Buffer:
+        """Activations of tokens at `position` and after, as bytes of a codec."""
         return await self._loop.run_in_executor(
-            self._thread, lambda: to_memory(self._embed(tokens, range(position, position + len(tokens))))
+            self._thread, lambda: self._coded(tokens, range(position, position + len(tokens)), codec)
         )
 
-    async def logits(self, hidden: memoryview, rows: int) -> torch.Tensor:
+    async def logits(self, hidden: Buffer, rows: int) -> torch.Tensor:
         """Logits (rows, vocabulary) of a result's rows."""
         return await self._loop.run_in_executor(self._thread, self._logits, [hidden], rows)
 
@@ -169,19 +175,23 @@ class Decoder:
             except BsnsError as error:  # one route's bad numbers are not the other answers' trouble
                 self._loop.call_soon_threadsafe(self._on_failed, [item.answer], error)
         running = [answer for answer, _ in chosen if answer.finished is None]
-        rows: dict[int, memoryview] = {}
-        if running:
-            hidden = to_memory(self._embed([a.tokens[-1] for a in running], [len(a.tokens) - 1 for a in running]))
-            row_bytes = hidden.nbytes // len(running)
-            rows = {id(a): hidden[i * row_bytes : (i + 1) * row_bytes] for i, a in enumerate(running)}
+        rows: dict[int, Buffer] = {}
+        for codec in {answer.codec for answer in running}:
+            members = [answer for answer in running if answer.codec == codec]
+            hidden = self._coded([a.tokens[-1] for a in members], [len(a.tokens) - 1 for a in members], codec)
+            row_bytes = memoryview(hidden).nbytes // len(members)
+            rows |= {id(a): hidden[i * row_bytes : (i + 1) * row_bytes] for i, a in enumerate(members)}
         sent_s = self._now_s()
         for answer in running:
             answer.sent_s = sent_s
         return [Turned(answer, token, rows.get(id(answer)), answer.finished) for answer, token in chosen]
 
-    def _logits(self, pieces: Sequence[memoryview], rows: int) -> torch.Tensor:
+    def _logits(self, pieces: Sequence[Buffer], rows: int) -> torch.Tensor:
         hidden = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         return self._ends.logits(to_tensor(hidden, self._dtype, (rows, self._ends.hidden_size)))
+
+    def _coded(self, tokens: Sequence[int], positions: Sequence[int], codec: str) -> Buffer:
+        return encode(codec, to_memory(self._embed(tokens, positions)), self._dtype, self._ends.hidden_size)
 
     def _embed(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         return self._ends.embed(torch.tensor(tokens), torch.tensor(positions))

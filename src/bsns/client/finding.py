@@ -14,6 +14,8 @@ FindRoute = Callable[[int, Collection[PeerId], BlockRange | None, bool], Awaitab
 known already unless the last says that they are to be asked for again.
 
 Raises MissingBlocks, CacheFull."""
+ChooseCodec = Callable[[PeerId | None, PeerId | None], str]
+"""Chooses the codec (protocol.codecs) of what one peer sends another; None is the client itself."""
 Release = Callable[[Route], None]
 """Told of chosen stages when their session has ended, could not be opened, or has lost them."""
 Blame = Callable[[PeerId, BsnsError], None]

@@ -13,7 +13,7 @@ import torch
 
 from bsns.client.decoder import SHORT_S, Answer, Arrived, Decoder, Turned
 from bsns.client.detokenize import Detokenizer, StopMatcher
-from bsns.client.finding import Blame, FindRoute, Release
+from bsns.client.finding import Blame, ChooseCodec, FindRoute, Release
 from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
 from bsns.client.reader import CHUNK_ROWS, Reader
@@ -22,6 +22,7 @@ from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
 from bsns.client.spares import Spares
 from bsns.client.watch import patience_s
+from bsns.compression.rows import NotFinite, decode
 from bsns.core.errors import (
     BadOption,
     BadTensor,
@@ -41,8 +42,9 @@ from bsns.core.errors import (
 )
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.model.ends import Ends
+from bsns.protocol.codecs import CODECS, RAW, coded
+from bsns.protocol.frames import Buffer
 from bsns.protocol.inference import Part, Step
-from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.routing.chain import Route
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
@@ -114,6 +116,7 @@ class Generator:
         context_tokens: int,
         threads: int = 1,
         deadline_s: float = 20.0,
+        choose_codec: ChooseCodec = lambda sender, receiver: RAW,
         release: Release = lambda route: None,
         blame: Blame = lambda peer, error: None,
         clock: Clock = MACHINE_CLOCK,
@@ -126,8 +129,8 @@ class Generator:
         self._model = model
         self._dtype = dtype
         self._hidden_size = ends.hidden_size
-        self._row_bytes = ends.hidden_size * DTYPE_BYTES[dtype]
         self._find_route = find_route
+        self._choose_codec = choose_codec
         self._release = release
         self._blame = blame
         self._deadline_s = deadline_s
@@ -188,7 +191,8 @@ class Generator:
         max_tokens = min(options.max_tokens, room)
         started_s = first_s = self._clock.now_s()
         session = await self._open(len(tokens) + max_tokens)
-        answer = Answer(session.id, options, self.prompts.end_tokens, list(tokens), len(tokens), max_tokens)
+        end_tokens, codec = self.prompts.end_tokens, session.codecs[0]
+        answer = Answer(session.id, options, end_tokens, list(tokens), len(tokens), max_tokens, codec)
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
         reader = self._readers[session.id] = Reader(session, answer.tokens, answer)
         try:
@@ -300,7 +304,14 @@ class Generator:
                     await asyncio.sleep(AGAIN_S)
                     continue
                 raise refusal or error from None  # the refusal says more than that nobody is left
-            session = Session(self._links, route, model=self._model, dtype=self._dtype, max_tokens=max_tokens)
+            session = Session(
+                self._links,
+                route,
+                model=self._model,
+                dtype=self._dtype,
+                max_tokens=max_tokens,
+                choose_codec=self._choose_codec,
+            )
             try:
                 left_s = max(AGAIN_S, give_up_s - self._clock.now_s())
                 await session.open(min(OPEN_S, left_s), in_line=in_line)
@@ -341,7 +352,8 @@ class Generator:
             link = reader.session.first
             while (start := reader.sent) < (goal := reader.goal) and reader.session.first is link:
                 end = min(start + CHUNK_ROWS, goal)
-                hidden = await self._decoder.embed(reader.tokens[start:end], start)
+                codec = reader.session.codecs[0]
+                hidden = await self._decoder.embed(reader.tokens[start:end], start, codec)
                 if reader.session.first is not link:
                     return  # whoever put another in its place begins again
                 reader.sent = end
@@ -349,7 +361,7 @@ class Generator:
                 try:
                     async with asyncio.timeout(self._deadline_s):
                         wanted = reader.wanted if end == goal else 0
-                        await link.send(*self._step([(reader.session.id, start, end - start, wanted, hidden)]))
+                        await link.send(*self._step([(reader.session.id, start, end - start, wanted, hidden)], codec))
                 except TimeoutError:
                     late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
                     self._repairs.lose(reader, link.peer, late)
@@ -360,10 +372,11 @@ class Generator:
 
     async def _send_rows(self, reader: Reader, link: Link, start: int, end: int) -> None:
         """Send a reader's tokens to a node that computes them along. Raises PeerLost, PeerTimedOut."""
-        hidden = await self._decoder.embed(reader.tokens[start:end], start)
+        codec = reader.session.codecs[0]
+        hidden = await self._decoder.embed(reader.tokens[start:end], start, codec)
         try:
             async with asyncio.timeout(self._deadline_s):
-                await link.send(*self._step([(reader.session.id, start, end - start, 0, hidden)]))
+                await link.send(*self._step([(reader.session.id, start, end - start, 0, hidden)], codec))
         except TimeoutError:
             late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
             raise late.about(link.peer) from None
@@ -401,13 +414,13 @@ class Generator:
             log.exception("looking after an answer's stages failed")
             reader.heard.put_nowait(PeerFailed(f"looking after the stages failed: {error!r}"))
 
-    def _step(self, steps: Sequence[tuple[SessionId, int, int, int, memoryview]]) -> tuple[Step, list[memoryview]]:
+    def _step(self, steps: Sequence[tuple[SessionId, int, int, int, Buffer]], codec: str) -> tuple[Step, list[Buffer]]:
         parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)
         rows = sum(part.rows for part in parts)
-        tensors = (TensorSpec.raw("hidden", self._dtype, (rows, self._hidden_size)),)
+        tensors = (coded("hidden", self._dtype, (rows, self._hidden_size), codec),)
         return Step(parts, tensors), [hidden for *_, hidden in steps]
 
-    def _on_results(self, peer: PeerId, results: list[tuple[Part, memoryview]]) -> None:
+    def _on_results(self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]]) -> None:
         arrived: list[Arrived] = []
         for part, hidden in results:
             reader = self._readers.get(part.session)
@@ -424,24 +437,29 @@ class Generator:
                 reader.came_through(end)
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
-            if hidden.nbytes != part.wanted * self._row_bytes:
-                raise BadTensor(f"{peer} answered session {part.session} with rows of another size")
+            row_bytes = CODECS[codec].row_bytes(self._hidden_size, self._dtype)
+            if codec != reader.session.codecs[-1] or hidden.nbytes != part.wanted * row_bytes:
+                raise BadTensor(f"{peer} answered session {part.session} with rows of another codec or size")
             if part.wanted != reader.wanted or end != goal:  # a stage before it may have asked for them
                 problem = f"{part.wanted} rows up to {end} came back in place of {reader.wanted} up to {goal}"
                 lost = PeerLost(f"node {peer} broke the protocol, or a stage before it: {problem}")
                 self._on_failure(part.session, lost.about(peer))
                 continue
+            try:
+                rows = decode(codec, hidden, self._dtype, self._hidden_size)
+            except NotFinite:
+                raise BadTensor(f"{peer} answered session {part.session} with scales that are no numbers") from None
             reader.came_through(end)
             if reader.answer is None:
-                reader.heard.put_nowait(hidden)
+                reader.heard.put_nowait(memoryview(rows))
             else:
-                arrived.append(Arrived(reader.answer, hidden, part.hops))
+                arrived.append(Arrived(reader.answer, rows, part.hops))
         if arrived:
             self._decoder.submit(arrived)
 
     def _on_turned(self, turned: list[Turned]) -> None:
         """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""
-        groups: defaultdict[Link, list[tuple[SessionId, int, int, int, memoryview]]] = defaultdict(list)
+        groups: defaultdict[tuple[Link, str], list[tuple[SessionId, int, int, int, Buffer]]] = defaultdict(list)
         for item in turned:
             reader = self._readers.get(item.answer.session)
             if reader is None:
@@ -451,11 +469,12 @@ class Generator:
             if item.hidden is not None and reader.sent == position and not reader.feeding.locked():
                 reader.sent += 1
                 self._spares.fed(reader)
-                groups[reader.session.first].append((item.answer.session, position, 1, 1, item.hidden))
+                step = (item.answer.session, position, 1, 1, item.hidden)
+                groups[reader.session.first, item.answer.codec].append(step)
             reader.heard.put_nowait(item)
-        for link, steps in groups.items():
+        for (link, codec), steps in groups.items():
             try:
-                link.post(*self._step(steps))
+                link.post(*self._step(steps, codec))
             except BsnsError as error:
                 for id_, *_ in steps:
                     self._on_failure(id_, error.about(link.peer))

@@ -46,8 +46,8 @@ MOST_UNDERWAY_S = 20.0
 K = TypeVar("K")
 T = TypeVar("T")
 
-OnResults = Callable[[PeerId, list[tuple[Part, memoryview]]], None]
-"""Takes a frame's results: for each part its rows' bytes."""
+OnResults = Callable[[PeerId, str, list[tuple[Part, memoryview]]], None]
+"""Takes a frame's results: their codec, and for each part its rows' bytes."""
 OnFailure = Callable[[PeerId, SessionId, BsnsError], None]
 """Takes who tells, of which session, what; the error says who is to blame."""
 OnLost = Callable[[PeerId, BsnsError], None]
@@ -209,7 +209,8 @@ class Link:
     def _take(self, message: Message, buffers: list[memoryview]) -> None:
         match message:
             case Result():
-                self._on_results(self.peer, split_rows(message, buffers))
+                parts = split_rows(message, buffers)
+                self._on_results(self.peer, message.tensors[0].codec, parts)
             case Failure():
                 error = error_from_wire(message.code, message.message, message.about)
                 opening = self._opening.get(message.session)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bsns.core.errors import CorruptModel, NotEnoughMemory
 
-ABI: Final = 1
+ABI: Final = 2
 """The version of bsns_native.h that this file mirrors."""
 NAME: Final = "_native.so"
 WHERE, SWITCH = "BSNS_NATIVE_LIBRARY", "BSNS_NATIVE"
@@ -28,6 +28,8 @@ WHERE, SWITCH = "BSNS_NATIVE_LIBRARY", "BSNS_NATIVE"
 _NO_MEMORY, _NOT_FINITE = 2, 3
 KINDS: Final = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "float16": 4}
 """How numbers are kept, as the library counts them."""
+CODECS: Final = {"int8": 0, "int8-dyn": 1, "int8-rot": 2, "int4": 3}
+"""The codecs of protocol.codecs that it has, as it counts them."""
 
 
 class Matrix(ctypes.Structure):
@@ -177,6 +179,28 @@ class Library:
         self._check(self._calls.bsns_read_bandwidth(pool.pointer, nbytes, seconds, byref(found)))
         return found.value
 
+    def encode(
+        self, codec: str, rows: int, columns: int, kind: str, source: int, target: int, row_bytes: int
+    ) -> int | None:
+        """Rows at an address in a codec, at another address; which is the first that is not finite, if one is."""
+        return self._code(self._calls.bsns_encode, codec, rows, columns, kind, source, target, row_bytes)
+
+    def decode(
+        self, codec: str, rows: int, columns: int, kind: str, source: int, target: int, row_bytes: int
+    ) -> int | None:
+        """The opposite of `encode`; which is the first row with impossible scales, if one is."""
+        return self._code(self._calls.bsns_decode, codec, rows, columns, kind, source, target, row_bytes)
+
+    def _code(
+        self, call: Any, codec: str, rows: int, columns: int, kind: str, source: int, target: int, row_bytes: int
+    ) -> int | None:
+        bad = c_int64()
+        status = call(CODECS[codec], rows, columns, KINDS[kind], source, target, row_bytes, byref(bad))
+        if status == _NOT_FINITE:
+            return bad.value
+        self._check(status)
+        return None
+
     def _check(self, status: int) -> None:
         if status == 0:
             return
@@ -232,6 +256,7 @@ def native_library() -> Library | str:
     return _loaded(Path(asked) if asked else _installed())
 
 
+@functools.cache
 def _installed() -> Path:
     """Beside this file; of an editable installation the library lies where it was installed, not among the sources."""
     beside = Path(__file__).with_name(NAME)
@@ -285,6 +310,8 @@ def _declare(calls: Any) -> None:
             *("bsns_project", status, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_float, c_float),
             *(c_void_p, c_int32, c_void_p, c_int32, c_void_p),
         ),
+        ("bsns_encode", status, c_int32, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int64, c_void_p),
+        ("bsns_decode", status, c_int32, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int64, c_void_p),
         ("bsns_read_bandwidth", status, c_void_p, c_int64, c_double, c_void_p),
     ):
         function = getattr(calls, str(name))

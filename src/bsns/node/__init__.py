@@ -11,6 +11,7 @@ moving        brings what a node holds to what the plan in force says
 observe       looks at a swarm without using it
 snapshots     the swarm as one frozen view, with the ways of whoever looks
 view          who is here now, and how far away
+wires         which codec activations take on each way of a client's routes
 client        the public face for those who use a swarm
 trial         a short answer over the swarm as it is, beside what planning predicts
 local         a whole swarm of processes on this machine

@@ -27,6 +27,7 @@ from bsns.model.source import SMOLLM2, ModelSource, resolve
 from bsns.node.ends import load_ends
 from bsns.node.peer import Peer
 from bsns.node.view import NodeStatus, View
+from bsns.node.wires import AUTO, Wires
 from bsns.planning.selection import Weights
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.routing.chain import Aim, Route, Wish
@@ -51,6 +52,7 @@ class Client:
         objective: Aim = "latency",
         weights: Weights | str | None = None,
         warm_spares: bool = False,
+        wire: str = AUTO,
     ) -> None:
         """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
 
@@ -58,7 +60,10 @@ class Client:
         what `weights` pick (planning.selection): "cheap", "latency=1,price=0.5".
 
         With `warm_spares` other nodes, where there are such, compute every stage along, so that a lost one is replaced
-        at once: that takes as much computing and cache again. Raises BadOption.
+        at once: that takes as much computing and cache again.
+
+        `wire`: the codec of activations on their way (node.wires): `auto` takes int8 on ways where that is faster and
+        the numbers as they are on others. Raises BadOption.
         """
         self._invite = invite
         self._model = model
@@ -68,6 +73,8 @@ class Client:
         self._deadline_s = deadline_s
         self._wish = Wish(objective, Weights.parse(weights) if isinstance(weights, str) else weights)
         self._warm_spares = warm_spares
+        self._wire = wire
+        self._measuring: asyncio.Task[None] | None = None
         self._peer: Peer | None = None
         self._owns_peer = True
         self._source: ModelSource | None = None
@@ -76,10 +83,17 @@ class Client:
 
     @classmethod
     def on(
-        cls, peer: Peer, source: ModelSource, *, dtype: str = "auto", threads: int = 1, warm_spares: bool = False
+        cls,
+        peer: Peer,
+        source: ModelSource,
+        *,
+        dtype: str = "auto",
+        threads: int = 1,
+        warm_spares: bool = False,
+        wire: str = AUTO,
     ) -> Client:
         """A client in a process that is a member of the swarm already; closing it leaves the peer running."""
-        client = cls(peer.invite, source.name, dtype=dtype, threads=threads, warm_spares=warm_spares)
+        client = cls(peer.invite, source.name, dtype=dtype, threads=threads, warm_spares=warm_spares, wire=wire)
         client._peer, client._owns_peer, client._source = peer, False, source
         return client
 
@@ -158,6 +172,10 @@ class Client:
 
     async def close(self) -> None:
         """Free every session on every node and leave the swarm."""
+        if self._measuring is not None:
+            self._measuring.cancel()
+            await asyncio.gather(self._measuring, return_exceptions=True)
+            self._measuring = None
         if self._generator is not None:
             await self._generator.close()
             self._generator = None
@@ -179,6 +197,16 @@ class Client:
         wish = replace(self._wish, hop_bytes=source.hidden_size * DTYPE_BYTES[dtype])
         self._view = view = View(self._peer.directory, source.model_id, dtype, source.block_count, wish=wish)
 
+        wires = Wires(
+            self._wire,
+            view,
+            self._peer.id,
+            self._peer.dial,
+            self._peer.clock,
+            dtype=dtype,
+            columns=source.hidden_size,
+        )
+
         async def find_route(
             needed_tokens: int, avoid: Collection[PeerId], blocks: BlockRange | None, fresh: bool
         ) -> Route:
@@ -194,10 +222,12 @@ class Client:
             context_tokens=source.context_tokens,
             threads=self._threads,
             deadline_s=self._deadline_s,
+            choose_codec=wires.choose,
             release=view.release,
             blame=view.blame,
             warm_spares=self._warm_spares,
         )
+        self._measuring = asyncio.create_task(wires.run())
 
     async def _choose_dtype(self, view: View) -> str:
         """The dtype whose nodes cover the model. Raises MissingBlocks, naming what is missing."""

@@ -107,6 +107,20 @@ class View:
             if rtt_s is not None
         }
 
+    def bytes_per_s(self, sender: PeerId, receiver: PeerId) -> float | None:
+        """How fast one node sends to another, as it has measured, or else the other; None where neither has."""
+        for one, other in ((sender, receiver), (receiver, sender)):
+            for record in self._records:
+                if record.peer == one:
+                    for link in record.links:
+                        if link.peer == other and math.isfinite(link.bytes_per_s):
+                            return link.bytes_per_s
+        return None
+
+    def round_trip_s(self, peer: PeerId) -> float | None:
+        """Our own last round trip to a node; None where it has not answered."""
+        return self._round_trip_s.get(peer, (None, 0.0))[0]
+
     async def route(
         self,
         links: Links,

@@ -6,6 +6,7 @@ inference   a session's life on a stage: Open, Step, Result, Close
 probing     how long so many bytes take from one member to another
 records     what a node announces about itself
 plans       the orchestrator's lease, and the plan in force under it
+codecs      activations in fewer bits: names, layouts, how far they may be off
 tensors     how a message describes the tensors in its frame
 membership  invites and the certificates made from them
 

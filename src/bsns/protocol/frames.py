@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import msgspec
 
 from bsns.core.errors import BadFrame, BadTensor, FrameTooLarge
+from bsns.protocol.codecs import ACTIVATIONS, CODECS, RAW
 from bsns.protocol.greeting import Hello, Refusal, Welcome
 from bsns.protocol.inference import (
     Close,
@@ -39,7 +40,7 @@ from bsns.protocol.inference import (
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 PREFIX = struct.Struct("<II")
 MAX_HEADER_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -120,13 +121,20 @@ def split_body(message: Message, body: memoryview) -> list[memoryview]:
 
 
 def check_tensor(spec: TensorSpec) -> None:
-    """Raises BadTensor unless the description is of a known dtype and adds up."""
+    """Raises BadTensor unless the description is of a known dtype and codec and adds up."""
     item_bytes = DTYPE_BYTES.get(spec.dtype)
     if item_bytes is None:
         raise BadTensor(f"tensor {spec.name!r} has unknown dtype {spec.dtype!r}; known: {', '.join(DTYPE_BYTES)}")
     if len(spec.shape) > MAX_DIMENSIONS or any(size < 0 for size in spec.shape):
         raise BadTensor(f"tensor {spec.name!r} has impossible shape {spec.shape}")
-    if spec.codec != "raw":
-        raise BadTensor(f"tensor {spec.name!r} uses codec {spec.codec!r}, which this node does not know")
-    if spec.nbytes != math.prod(spec.shape) * item_bytes:
+    codec = CODECS.get(spec.codec)
+    if codec is None:
+        raise BadTensor(f"tensor {spec.name!r} uses codec {spec.codec[:16]!r}, which this node does not know")
+    if spec.codec == RAW:
+        nbytes = math.prod(spec.shape) * item_bytes
+    elif len(spec.shape) == 2 and spec.dtype in ACTIVATIONS:
+        nbytes = spec.shape[0] * codec.row_bytes(spec.shape[1], spec.dtype)
+    else:
+        raise BadTensor(f"tensor {spec.name!r} of shape {spec.shape} {spec.dtype} cannot be in codec {spec.codec}")
+    if spec.nbytes != nbytes:
         raise BadTensor(f"tensor {spec.name!r} of shape {spec.shape} {spec.dtype} cannot have {spec.nbytes} bytes")

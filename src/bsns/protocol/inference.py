@@ -11,8 +11,8 @@
     stage  → client          Failure   anything that went wrong with a session, with a class of core.errors as code
 
 A frame's Step or Result may carry many sessions: `parts` name them, and the rows of the tensor `hidden`, of shape
-(rows, hidden size), belong to the parts in order. The rule that makes steps idempotent: *a step at position p
-overwrites everything from p on*.
+(rows, hidden size), belong to the parts in order; its codec is the one their sessions were opened with. The rule that
+makes steps idempotent: *a step at position p overwrites everything from p on*.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     passes_from: int = 0
     """Outputs before this position are kept for a replay but not passed on: whoever comes after has them. For a stage
     that takes a lost one's place."""
+    takes: str = "raw"
+    """The codec (protocol.codecs) of what comes to this stage, and of what it sends on."""
+    gives: str = "raw"
     waits: bool = False
     """Whether the client stands in line if there is no room: who does so and asks again gets room before who comes
     later."""

@@ -6,6 +6,7 @@ batching         which steps run together, and when (pure)
 executor         the port: a batch in, activations out, the KV cache behind it
 torch_executor   the model library's own layers, on any device
 native_executor  our own kernels, on a CPU
+coding           the wire's codecs around an executor
 calibration      how fast a stage is, measured before it serves
 throttle         another executor on a slower machine, for emulated swarms
 faults           a worker that fails on demand, for tests and benchmarks of survival

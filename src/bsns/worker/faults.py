@@ -12,9 +12,10 @@ import signal
 import time
 
 from bsns.core.ids import PeerId
+from bsns.protocol.frames import Buffer
 from bsns.worker.batching import Batch, Work
 from bsns.worker.executor import Executor
-from bsns.worker.service import Worker
+from bsns.worker.service import Outputs, Worker
 
 VARIABLE = "BSNS_FAULTS"
 SLOW_FACTOR = 100.0
@@ -43,14 +44,16 @@ class FaultyWorker(Worker):
     def _turn_garbled(self) -> None:
         self.garbled = not self.garbled
 
-    def _run(self, executor: Executor, batch: Batch) -> list[memoryview] | Exception:
+    def _run(self, executor: Executor, batch: Batch) -> Outputs | Exception:
         started_s = time.perf_counter()
         outputs = super()._run(executor, batch)
         if self.slow:
             time.sleep((SLOW_FACTOR - 1) * (time.perf_counter() - started_s))
         return outputs
 
-    def _pass_on(self, forward: bool, peer: PeerId, members: list[tuple[Work, memoryview]], compute_ms: float) -> None:
+    def _pass_on(
+        self, forward: bool, peer: PeerId, codec: str, members: list[tuple[Work, Buffer]], compute_ms: float
+    ) -> None:
         if self.garbled:
-            members = [(work, output[: output.nbytes // 2]) for work, output in members]
-        super()._pass_on(forward, peer, members, compute_ms)
+            members = [(work, output[: memoryview(output).nbytes // 2]) for work, output in members]
+        super()._pass_on(forward, peer, codec, members, compute_ms)

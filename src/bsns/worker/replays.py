@@ -8,8 +8,8 @@ from typing import Any
 
 from bsns.core.errors import BsnsError, PeerFailed
 from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.codecs import coded
 from bsns.protocol.inference import Part, Step
-from bsns.protocol.tensors import TensorSpec
 from bsns.worker.relay import Relay
 from bsns.worker.sessions import Session
 
@@ -158,7 +158,7 @@ class Replays:
                 rows, wanted = step
                 part = Part(session.id, replay.position, len(rows) // journal.row_bytes, wanted)
                 replay.position += part.rows
-                tensors = (TensorSpec.raw("hidden", self._dtype, (part.rows, self._hidden_size)),)
+                tensors = (coded("hidden", self._dtype, (part.rows, self._hidden_size), session.gives),)
                 await self._relay.send(replay.peer, Step((part,), tensors), [rows])
             if replay.onward:
                 return

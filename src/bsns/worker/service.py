@@ -15,7 +15,8 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLeaving, PeerLost, ProtocolError
 from bsns.core.ids import PeerId, SessionId
 from bsns.core.plan import ROWS_PER_BLOCK_TIME
-from bsns.protocol.frames import Message
+from bsns.protocol.codecs import CODECS, RAW, coded
+from bsns.protocol.frames import Buffer, Message
 from bsns.protocol.greeting import Refusal
 from bsns.protocol.inference import (
     MAX_PARTS,
@@ -39,12 +40,12 @@ from bsns.protocol.inference import (
     Where,
 )
 from bsns.protocol.probing import MAX_PROBE_BYTES, Probe, Probed
-from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 from bsns.swarm.allowances import ProbeLimiter
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial, Stream
 from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.calibration import time_blocks
+from bsns.worker.coding import run_coded
 from bsns.worker.executor import Executor
 from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
@@ -53,6 +54,7 @@ from bsns.worker.sessions import Session, SessionTable
 
 log = structlog.get_logger(__name__)
 
+Outputs = list[Buffer | BsnsError]
 SHORT_S = 0.05
 """Such batches are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
 MEASURED = 15
@@ -251,7 +253,7 @@ class Worker:
         assert session.held is not None
         self._executors[session.held].open(session.id, session.max_tokens)
         if session.next is not None:
-            session.journal = Journal(self._hidden_size * DTYPE_BYTES[self._dtype])
+            session.journal = Journal(CODECS[session.gives].row_bytes(self._hidden_size, self._dtype))
         self._spawn(self._connect(stream, session))
 
     async def _connect(self, stream: Stream, session: Session) -> None:
@@ -328,15 +330,16 @@ class Worker:
             raise BadFrame(f"a step of {len(message.parts)} parts; 1 to {MAX_PARTS} of at least a row each are allowed")
         rows = sum(part.rows for part in message.parts)
         hidden, dtype = self._hidden_size, self._dtype
-        if message.tensors != (TensorSpec.raw("hidden", dtype, (rows, hidden)),):
+        codec = message.tensors[0].codec if message.tensors else RAW
+        if message.tensors != (coded("hidden", dtype, (rows, hidden), codec),):
             raise BadTensor(f"a step carries one tensor 'hidden' of shape ({rows}, {hidden}) in {dtype}")
-        row_bytes = hidden * DTYPE_BYTES[dtype]
+        row_bytes = CODECS[codec].row_bytes(hidden, dtype)
         now_s = self._now_s()
         offset = 0
         accepted: list[Work] = []
         for part in message.parts:
             try:
-                session = self.sessions.step(part, stream.peer, now_s)
+                session = self.sessions.step(part, codec, stream.peer, now_s)
             except BsnsError as error:
                 self._report(self._client_of(part.session, stream), part.session, error)
             else:
@@ -374,45 +377,51 @@ class Worker:
             self._finish(batch, self._run(executor, batch), self._now_s())
             return
 
-        def run() -> tuple[list[memoryview] | Exception, float]:
+        def run() -> tuple[Outputs | Exception, float]:
             return self._run(executor, batch), self._now_s()
 
-        def finish(running: asyncio.Future[tuple[list[memoryview] | Exception, float]]) -> None:
+        def finish(running: asyncio.Future[tuple[Outputs | Exception, float]]) -> None:
             if not running.cancelled():
                 self._finish(batch, *running.result())
 
         self._loop.run_in_executor(self._thread, run).add_done_callback(finish)
 
-    def _run(self, executor: Executor, batch: Batch) -> list[memoryview] | Exception:
+    def _run(self, executor: Executor, batch: Batch) -> Outputs | Exception:
         try:
-            return executor.run(batch)
+            return run_coded(executor, batch)
         except Exception as error:
             log.exception("a batch failed", rows=batch.rows)
             return error
 
-    def _finish(self, batch: Batch, outputs: list[memoryview] | Exception, finished_s: float) -> None:
+    def _finish(self, batch: Batch, outputs: Outputs | Exception, finished_s: float) -> None:
         """Hand a batch's outputs on, and let the next one run once the loop has heard what arrived meanwhile."""
         self._busy = False
         self._worked_s = finished_s
         if isinstance(outputs, Exception):
             error = PeerFailed(f"computing blocks {batch.blocks} failed: {type(outputs).__name__}")
             for work in batch.works:
-                if self.sessions.get(work.session.id) is not work.session:
-                    continue  # closed meanwhile: nobody waits for it
-                self._report(self._clients.get(work.session.client), work.session.id, error)
-                # nobody knows what its cache holds now: the session has to be opened and replayed
-                self.sessions.close(work.session.id, work.session.client)
-                self._free(work.session.id)
+                self._give_up(work.session, error)
         else:
             self._deliver(batch, outputs, finished_s)
         self._loop.call_soon(self._compute)
 
-    def _deliver(self, batch: Batch, outputs: list[memoryview], finished_s: float) -> None:
+    def _give_up(self, session: Session, error: BsnsError) -> None:
+        """Nobody knows what a session's cache holds now: it has to be opened and replayed."""
+        if self.sessions.get(session.id) is not session:
+            return  # closed meanwhile: nobody waits for it
+        self._report(self._clients.get(session.client), session.id, error)
+        self.sessions.close(session.id, session.client)
+        self._free(session.id)
+
+    def _deliver(self, batch: Batch, outputs: Outputs, finished_s: float) -> None:
         """Send each work's output on: to the next stage, or back to the client that asked."""
         started_s = batch.works[0].started_s
         compute_ms = (finished_s - started_s) * 1e3
-        groups: defaultdict[tuple[bool, PeerId], list[tuple[Work, memoryview]]] = defaultdict(list)
+        groups: defaultdict[tuple[bool, PeerId, str], list[tuple[Work, Buffer]]] = defaultdict(list)
         for work, output in zip(batch.works, outputs, strict=True):
+            if isinstance(output, BsnsError):
+                self._give_up(work.session, output)
+                continue
             if self.sessions.get(work.part.session) is not work.session:
                 continue  # closed meanwhile: nobody waits for it
             onward, part = work.session.next, work.part
@@ -423,9 +432,9 @@ class Worker:
                     continue
             if part.position + part.rows <= work.session.passes_from:
                 continue  # a replay: whoever comes after has it
-            groups[(onward is not None, onward or work.session.client)].append((work, output))
-        for (forward, peer), members in groups.items():
-            self._pass_on(forward, peer, members, compute_ms)
+            groups[(onward is not None, onward or work.session.client, work.session.gives)].append((work, output))
+        for (forward, peer, codec), members in groups.items():
+            self._pass_on(forward, peer, codec, members, compute_ms)
         # now that the step is on its way
         rows = batch.rows
         self.steps += 1
@@ -433,12 +442,14 @@ class Worker:
         if rows == len(batch.works) == 1:
             self._note_times([(finished_s - started_s) / len(batch.blocks)])
 
-    def _pass_on(self, forward: bool, peer: PeerId, members: list[tuple[Work, memoryview]], compute_ms: float) -> None:
+    def _pass_on(
+        self, forward: bool, peer: PeerId, codec: str, members: list[tuple[Work, Buffer]], compute_ms: float
+    ) -> None:
         hidden, dtype = self._hidden_size, self._dtype
-        row_bytes = hidden * DTYPE_BYTES[dtype]
+        row_bytes = CODECS[codec].row_bytes(hidden, dtype)
         sent_s = self._now_s()
         parts: list[Part] = []
-        buffers: list[memoryview] = []
+        buffers: list[Buffer] = []
         rows = 0
         for work, output in members:
             part = work.part
@@ -449,8 +460,8 @@ class Worker:
             keep = part.rows - known if forward else wanted
             rows += keep
             if keep:
-                buffers.append(output[(part.rows - keep) * row_bytes :])
-        tensors = (TensorSpec.raw("hidden", dtype, (rows, hidden)),)
+                buffers.append(output[memoryview(output).nbytes - keep * row_bytes :])
+        tensors = (coded("hidden", dtype, (rows, hidden), codec),)
         sessions = [work.session for work, _ in members]
         try:
             if forward:
@@ -468,7 +479,7 @@ class Worker:
     def _report_about(self, session: Session, error: BsnsError) -> None:
         self._report(self._clients.get(session.client), session.id, error)
 
-    def _post(self, stream: Stream | None, message: Message, buffers: Sequence[memoryview] = ()) -> None:
+    def _post(self, stream: Stream | None, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Send to a client; one that is gone needs no telling, its sessions are freed when its stream ends."""
         if stream is None:
             return

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, CacheFull, CacheTooSmall, NotHere, PositionGap, UnknownSession
 from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.protocol.codecs import CODECS, RAW
 from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Mirror, Open, Part, Reroute
 from bsns.worker.journal import Journal
 from bsns.worker.line import Line
@@ -42,6 +43,9 @@ class Session:
     """Outputs before this position are not passed on: the next stage has them."""
     journal: Journal | None = None
     """What was passed on, or would have been; the last stage of a route has none."""
+    takes: str = RAW
+    """The codec of what comes, and of what is sent on."""
+    gives: str = RAW
     waited_since_s: float | None = None
     """Since when its client had stood in line for it."""
 
@@ -155,6 +159,9 @@ class SessionTable:
             raise NotHere(
                 f"this node computes in {self.dtype}, not {message.dtype[:16]}; start the client with that dtype"
             )
+        unknown = {message.takes, message.gives} - CODECS.keys()
+        if unknown:
+            raise NotHere(f"this node knows codecs {', '.join(CODECS)}, not {min(unknown)[:16]}")
         if not 1 <= message.max_tokens <= self.context_tokens:
             raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
         if not 1 <= message.depth <= MAX_DEPTH:
@@ -175,6 +182,8 @@ class SessionTable:
             seen_s=now_s,
             held=held,
             passes_from=message.passes_from,
+            takes=message.takes,
+            gives=message.gives,
             waited_since_s=waited_since_s,
         )
         self._sessions[message.session] = session
@@ -195,8 +204,8 @@ class SessionTable:
         others = f" and {clients} that wait" if clients else ""
         raise CacheFull(f"{asked} beside {len(self._sessions)} sessions{others}; ask for fewer or wait for one to end")
 
-    def step(self, part: Part, sender: PeerId, now_s: float) -> Session:
-        """Check a step and note it. Raises UnknownSession, PositionGap or BadFrame; nothing is noted then.
+    def step(self, part: Part, codec: str, sender: PeerId, now_s: float) -> Session:
+        """Check a step in a codec and note it. Raises UnknownSession, PositionGap or BadFrame; nothing is noted then.
 
         A step of a session that belongs to others looks unknown, so that strangers cannot probe for sessions.
         """
@@ -205,6 +214,8 @@ class SessionTable:
             raise UnknownSession(f"no session {part.session} is open here for this peer; reopen it and replay")
         if not 1 <= part.rows <= MAX_ROWS_PER_PART or not 0 <= part.wanted <= part.rows or part.position < 0:
             raise BadFrame(f"a step of {part.rows} rows at {part.position}, {part.wanted} wanted, is impossible")
+        if codec != session.takes:
+            raise BadFrame(f"a step in {codec} for a session that was opened with {session.takes}")
         if len(part.hops) >= session.depth:
             raise BadFrame(f"a step that has passed {len(part.hops)} stages does not fit a route of {session.depth}")
         if part.position > session.end:

@@ -216,11 +216,12 @@ async def test_a_stage_that_dies_meanwhile(
     monkeypatch.setattr("bsns.client.generate.ROOM_S", 2.0)
     await scene.start(f"b{number}")
     undisturbed = await scene.undisturbed()
-    clients = scene.clients()
-    tasks = [asyncio.create_task(scene.ask(clients[n % CLIENTS])) for n in range(200)]
+    clients, hold = scene.clients(), asyncio.Event()
+    tasks = [asyncio.create_task(scene.ask(clients[n % CLIENTS], hold)) for n in range(200)]
     await until(lambda: scene.sessions() > ROOM // 2)
     scene.killed.add(f"a{number}")
     scene.swarm.network.kill(PeerId(f"a{number}"))
+    hold.set()
     started_s = time.monotonic()
     await asyncio.wait_for(asyncio.gather(*tasks), 25)
     record_property("took_s", round(time.monotonic() - started_s, 2))
@@ -235,11 +236,12 @@ async def test_a_stage_that_dies_and_that_nobody_can_replace(scene: Scene) -> No
     """Everybody hears so, in time."""
     await scene.start()
     await scene.undisturbed()
-    clients = scene.clients(deadline_s=2.0)
-    tasks = [asyncio.create_task(scene.ask(clients[n % CLIENTS])) for n in range(200)]
+    clients, hold = scene.clients(deadline_s=2.0), asyncio.Event()
+    tasks = [asyncio.create_task(scene.ask(clients[n % CLIENTS], hold)) for n in range(200)]
     await until(lambda: scene.sessions() > ROOM // 2)
     scene.killed.add("a1")
     scene.swarm.network.kill(PeerId("a1"))
+    hold.set()
     await asyncio.wait_for(asyncio.gather(*tasks), 15)
     assert len(scene.crowd.said) + len(scene.crowd.refusals) == 200
     assert all(isinstance(error, (SwarmError, PeerError)) for error, _ in scene.crowd.refusals)

@@ -72,7 +72,7 @@ class Ears:
     """What the links told."""
 
     def __init__(self) -> None:
-        self.results: asyncio.Queue[tuple[PeerId, list[tuple[Part, memoryview]]]] = asyncio.Queue()
+        self.results: asyncio.Queue[tuple[PeerId, str, list[tuple[Part, memoryview]]]] = asyncio.Queue()
         self.failures: asyncio.Queue[tuple[PeerId, SessionId, BsnsError]] = asyncio.Queue()
         self.lost: asyncio.Queue[tuple[PeerId, BsnsError]] = asyncio.Queue()
 
@@ -236,8 +236,8 @@ async def test_results_reach_their_listener(scene: Scene) -> None:
     parts = (Part(SessionId(1), 0, 5, 2), Part(SessionId(2), 0, 5, 0), Part(SessionId(3), 9, 1, 1))
     body = bytes(range(3 * 8))
     await node.streams[0].send(Result(parts, (TensorSpec.raw("hidden", "float32", (3, 2)),)), [body])
-    peer, results = await scene.ears.results.get()
-    assert peer == "n"
+    peer, codec, results = await scene.ears.results.get()
+    assert (peer, codec) == ("n", "raw")
     assert [(part.session, bytes(rows)) for part, rows in results] == [(1, body[:16]), (2, b""), (3, body[16:])]
 
 

@@ -73,7 +73,7 @@ def test_who_gives_back_what_it_had_no_use_for_keeps_its_place() -> None:
     assert asker.sessions.close(mine, B)
     asker.refused(C, 0.3)
     mine = asker.open(B, 0.4)
-    asker.sessions.step(Part(mine, 0, 1, 1), B, 0.5)
+    asker.sessions.step(Part(mine, 0, 1, 1), "raw", B, 0.5)
     assert asker.sessions.close(mine, B)
     asker.refused(B, 0.6)
     asker.open(C, 0.6)

@@ -13,6 +13,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BsnsError, CacheFull, NotHere, PositionGap, UnknownSession
 from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.protocol.codecs import RAW
 from bsns.protocol.inference import MAX_ROWS_PER_PART, Open, Part
 from bsns.worker.sessions import SessionTable
 
@@ -142,9 +143,9 @@ def test_the_number_of_sessions_is_bounded() -> None:
 def test_refused_steps_leave_no_trace(part: Part, error: type[BsnsError]) -> None:
     table = make_table()
     session = table.open(OPEN, CLIENT, 0.0)
-    table.step(step(0, 5), CLIENT, 1.0)
+    table.step(step(0, 5), RAW, CLIENT, 1.0)
     with pytest.raises(error) as caught:
-        table.step(part, CLIENT, 2.0)
+        table.step(part, RAW, CLIENT, 2.0)
     assert type(caught.value) is error
     assert (session.end, session.seen_s) == (5, 1.0)
 
@@ -152,29 +153,29 @@ def test_refused_steps_leave_no_trace(part: Part, error: type[BsnsError]) -> Non
 def test_a_step_overwrites_from_its_position_on() -> None:
     table = make_table()
     session = table.open(OPEN, CLIENT, 0.0)
-    table.step(step(0, 8, 8), CLIENT, 1.0)
-    table.step(step(8, 1, 1), CLIENT, 2.0)
+    table.step(step(0, 8, 8), RAW, CLIENT, 1.0)
+    table.step(step(8, 1, 1), RAW, CLIENT, 2.0)
     assert session.end == 9
-    table.step(step(3, 2), CLIENT, 3.0)  # back
+    table.step(step(3, 2), RAW, CLIENT, 3.0)  # back
     assert session.end == 5
     with pytest.raises(PositionGap):
-        table.step(step(6, 1), CLIENT, 4.0)  # what lay there is overwritten
-    table.step(step(3, 2), CLIENT, 5.0)  # again: idempotent
+        table.step(step(6, 1), RAW, CLIENT, 4.0)  # what lay there is overwritten
+    table.step(step(3, 2), RAW, CLIENT, 5.0)  # again: idempotent
     assert session.end == 5
-    table.step(step(5, 15), CLIENT, 6.0)
+    table.step(step(5, 15), RAW, CLIENT, 6.0)
     assert session.end == 20
 
 
 def test_who_may_step() -> None:
     table = make_table()
     session = table.open(OPEN, CLIENT, 0.0)
-    assert table.step(step(0, 1), BEFORE, 1.0) is session
-    assert table.step(step(1, 1), CLIENT, 1.0) is session
+    assert table.step(step(0, 1), RAW, BEFORE, 1.0) is session
+    assert table.step(step(1, 1), RAW, CLIENT, 1.0) is session
     for other in (STRANGER, PeerId("after")):
         with pytest.raises(UnknownSession) as foreign:
-            table.step(step(2, 1), other, 1.0)
+            table.step(step(2, 1), RAW, other, 1.0)
         with pytest.raises(UnknownSession) as absent:
-            table.step(step(2, 1, session=77), other, 1.0)
+            table.step(step(2, 1, session=77), RAW, other, 1.0)
         assert foreign.value.message.replace("1", "77", 1) == absent.value.message, "a stranger learns nothing"
 
 
@@ -204,7 +205,7 @@ def test_idle_sessions_expire() -> None:
     table = make_table()
     table.open(OPEN, CLIENT, 0.0)
     table.open(opening(session=2), CLIENT, 0.0)
-    table.step(step(0, 1, session=2), CLIENT, 6.0)
+    table.step(step(0, 1, session=2), RAW, CLIENT, 6.0)
     assert table.expire(IDLE_S) == []
     assert table.expire(IDLE_S + 0.1) == [1]
     assert table.expire(6.0 + IDLE_S) == []
@@ -243,7 +244,7 @@ class TableMachine(RuleBasedStateMachine):
     def step(self, session: int, sender: PeerId, position: int, rows: int) -> None:
         held = self.model.get(session)
         try:
-            self.table.step(step(position, rows, 0, session), sender, self.now_s)
+            self.table.step(step(position, rows, 0, session), RAW, sender, self.now_s)
         except UnknownSession:
             assert held is None or sender not in (held[0], BEFORE)
         except PositionGap:

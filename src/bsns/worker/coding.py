@@ -1,0 +1,100 @@
+"""The wire's codecs around an executor: what came is decoded before a batch, and what goes on encoded after it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from bsns.compression.rows import NotFinite, decode, encode
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadTensor, BsnsError, PeerFailed
+from bsns.protocol.codecs import CODECS, RAW
+from bsns.protocol.frames import Buffer
+from bsns.worker.batching import Batch, Work
+from bsns.worker.executor import Executor
+
+Code = Callable[[str, Buffer, str, int], Buffer]
+Coded = dict[int, Buffer | NotFinite]
+
+
+def run_coded(executor: Executor, batch: Batch) -> list[Buffer | BsnsError]:
+    """Run a batch; for each of its works the rows to send on, in its session's codec: all of them, or, of a last stage
+    with a codec, those that are wanted.
+
+    In a work's place stands what is wrong, where its numbers cannot be coded: the others are not concerned. Raises what
+    the executor does.
+    """
+    works = batch.works
+    came = {n: (work.session.takes, work.hidden) for n, work in enumerate(works) if work.session.takes != RAW}
+    refused: set[int] = set()
+    for n, decoded in _coded(decode, came, executor).items():
+        if isinstance(decoded, NotFinite):
+            refused.add(n)
+            decoded = bytes(works[n].part.rows * _row_bytes(executor))  # computed for nobody
+        works[n].hidden = decoded
+    outputs: list[Buffer | BsnsError] = [*executor.run(batch)]
+    goes = {
+        n: (work.session.gives, _sent(work, outputs[n], executor))
+        for n, work in enumerate(works)
+        if work.session.gives != RAW
+    }
+    for n, encoded in _coded(encode, goes, executor).items():
+        if isinstance(encoded, NotFinite):
+            outputs[n] = PeerFailed(f"{_culprit(executor, batch, works[n])} gives numbers that are not finite")
+        else:
+            outputs[n] = encoded
+    for n in refused:
+        outputs[n] = BadTensor("a step whose scales are no numbers")
+    return outputs
+
+
+def _row_bytes(executor: Executor) -> int:
+    return CODECS[RAW].row_bytes(executor.hidden_size, executor.dtype)
+
+
+def _sent(work: Work, output: Buffer | BsnsError, executor: Executor) -> Buffer:
+    """The rows of an output that leave the node."""
+    assert not isinstance(output, BsnsError)
+    if work.session.next is not None:
+        return output
+    whole = memoryview(output)
+    return whole[whole.nbytes - work.part.wanted * _row_bytes(executor) :]
+
+
+def _coded(code: Code, items: Mapping[int, tuple[str, Buffer]], executor: Executor) -> Coded:
+    """Each item coded, those of one codec in one go."""
+    by_codec: defaultdict[str, list[int]] = defaultdict(list)
+    for n, (codec, _) in items.items():
+        by_codec[codec].append(n)
+    found: Coded = {}
+    for codec, members in by_codec.items():
+        pieces = [memoryview(items[n][1]) for n in members]
+        joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        try:
+            whole = memoryview(code(codec, joined, executor.dtype, executor.hidden_size))
+        except NotFinite as error:
+            if len(members) == 1:
+                found[members[0]] = error
+            for n in members if len(members) > 1 else ():
+                found |= _coded(code, {n: items[n]}, executor)
+            continue
+        given = sum(piece.nbytes for piece in pieces)
+        start = 0
+        for n, piece in zip(members, pieces, strict=True):
+            end = start + piece.nbytes * whole.nbytes // given if given else 0
+            found[n] = whole[start:end]
+            start = end
+    return found
+
+
+def _culprit(executor: Executor, batch: Batch, work: Work) -> str:
+    """Which block gave the numbers that are not finite, found by running one after the other."""
+    hidden = work.hidden
+    for block in range(batch.blocks.start, batch.blocks.end):
+        (hidden,) = executor.run(Batch(BlockRange(block, block + 1), [replace(work, hidden=hidden)]))
+        try:
+            encode("int8", hidden, executor.dtype, executor.hidden_size)
+        except NotFinite:
+            return f"block {block}"
+    return f"one of the blocks {batch.blocks}"

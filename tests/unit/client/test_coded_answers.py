@@ -1,0 +1,161 @@
+"""Answers whose activations travel in fewer bits: whole, token-exact over losses, loud about what is no number."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from memory_swarm import MemorySwarm, StageShelf, answer, until
+from tiny_models import prompt
+
+from bsns.client.finding import ChooseCodec
+from bsns.client.generate import CHUNK_ROWS, Generator
+from bsns.client.sampling import SamplingOptions
+from bsns.core.errors import BsnsError
+from bsns.core.ids import PeerId
+from bsns.model.tensors import to_memory
+from bsns.protocol.codecs import CODECS
+from bsns.worker.batching import Batch
+from bsns.worker.torch_executor import TorchExecutor
+
+CUTS = (0, 2, 3, 5)
+OPTIONS = SamplingOptions(max_tokens=40)
+
+
+class Poisoned(TorchExecutor):
+    """One block of it gives a number that is none, once it is told to."""
+
+    block: int | None = None
+
+    def run(self, batch: Batch) -> list[memoryview]:
+        outputs = super().run(batch)
+        if self.block is None or self.block not in range(batch.blocks.start, batch.blocks.end):
+            return outputs
+        poisoned = []
+        for output in outputs:
+            values = np.frombuffer(bytearray(output), np.float32)
+            values[0] = np.nan
+            poisoned.append(memoryview(values).cast("B"))
+        return poisoned
+
+
+def mixed(sender: PeerId | None, receiver: PeerId | None) -> str:
+    """Another codec on every way."""
+    names = sorted(CODECS)
+    return names[sum(map(ord, f"{sender}>{receiver}".replace("b", "a"))) % len(names)]
+
+
+class Scene:
+    """Three stages, `a0` to `a2`, which clients prefer, and for each a spare, `b0` to `b2`."""
+
+    def __init__(self, swarm: MemorySwarm, shelf: StageShelf, path: Path) -> None:
+        self.swarm = swarm
+        self.stages = shelf.stages(path, CUTS)
+        self.ends = shelf.ends(path)
+        self.executors: dict[str, Poisoned] = {}
+
+    async def start(self, *spares: str) -> None:
+        for name in ("a0", "a1", "a2", *spares):
+            self.executors[name] = executor = Poisoned(self.stages[int(name[1])], dtype="float32")
+            slow = 1e-3 if name[0] == "a" else 1.0
+            await self.swarm.add_node(name, executor, block_count=CUTS[-1], context_tokens=512, block_time_s=slow)
+
+    def client(self, choose: ChooseCodec | str, deadline_s: float = 20.0) -> Generator:
+        if isinstance(choose, str):
+            codec = choose
+            return self.client(lambda sender, receiver: codec, deadline_s)
+        return self.swarm.client(self.ends, context_tokens=512, deadline_s=deadline_s, choose_codec=choose)
+
+    async def logits(self, choose: ChooseCodec | str, tokens: Sequence[int]) -> torch.Tensor:
+        return torch.cat([rows async for rows in self.client(choose).logits(tokens)])
+
+
+@pytest.fixture
+def scene(swarm: MemorySwarm, shelf: StageShelf, tiny_model: Callable[[str], Path]) -> Scene:
+    return Scene(swarm, shelf, tiny_model("llama"))
+
+
+@pytest.mark.parametrize(
+    ("codec", "most"),
+    [("raw", 1e-6), ("bf16", 0.02), ("int8", 0.02), ("int8-dyn", 0.05), ("int8-rot", 0.02), ("int4", 0.3)],
+)
+async def test_logits_are_off_by_what_the_codec_loses(scene: Scene, codec: str, most: float) -> None:
+    await scene.start()
+    tokens = prompt(CHUNK_ROWS + 20)
+    exact, found = await scene.logits("raw", tokens), await scene.logits(codec, tokens)
+    error = float((found - exact).norm() / exact.norm())
+    assert error <= most
+    assert (error > 0) == (codec != "raw")
+
+
+@pytest.mark.parametrize("lost", [("a0",), ("a1",), ("a2",), ("a0", "a1"), ("a1", "a2")])
+@pytest.mark.parametrize("choose", ["int8", mixed], ids=["int8", "mixed"])
+async def test_an_answer_goes_on_as_it_was_where_stages_are_lost(
+    scene: Scene, choose: ChooseCodec | str, lost: Sequence[str]
+) -> None:
+    """The journal holds what was sent: what is computed again is computed from the same numbers."""
+    await scene.start("b0", "b1", "b2")
+    undisturbed = await answer(scene.client(choose), prompt(9), OPTIONS)
+    stream = scene.client(choose).stream(prompt(9), OPTIONS)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    for name in lost:
+        scene.swarm.network.kill(PeerId(name))
+    tokens += [piece.token async for piece in stream]
+    assert tokens == undisturbed
+
+
+async def test_many_answers_at_once_on_ways_of_their_own(scene: Scene) -> None:
+    """A batch of sessions in several codecs parts them again."""
+    await scene.start()
+    clients = [scene.client(codec) for codec in CODECS]
+    alone = [await answer(client, prompt(9), OPTIONS) for client in clients]
+    together = await asyncio.gather(*(answer(client, prompt(9), OPTIONS) for client in (*clients, *clients)))
+    assert list(together) == [*alone, *alone]
+
+
+@pytest.mark.parametrize("block", [2, 3, 4])
+async def test_a_block_that_gives_no_numbers_is_named(scene: Scene, block: int) -> None:
+    await scene.start()
+    for executor in scene.executors.values():
+        if block in range(executor.blocks.start, executor.blocks.end):
+            executor.block = block
+    with pytest.raises(BsnsError, match=f"block {block} gives numbers that are not finite"):
+        await answer(scene.client("int8", deadline_s=2.0), prompt(9), OPTIONS)
+    await until(lambda: not any(len(node.worker.sessions) for node in scene.swarm.nodes.values()))
+
+
+async def test_it_is_replaced_where_another_has_the_block(scene: Scene) -> None:
+    await scene.start("b1")
+    undisturbed = await answer(scene.client("int8"), prompt(9), OPTIONS)
+    stream = scene.client("int8").stream(prompt(9), OPTIONS)
+    tokens = [(await anext(stream)).token for _ in range(5)]
+    scene.executors["a1"].block = 2
+    tokens += [piece.token async for piece in stream]
+    assert tokens == undisturbed
+
+
+async def test_one_answers_numbers_are_no_others_trouble(scene: Scene) -> None:
+    """Numbers that are none come from one answer's tokens, in a batch with others."""
+    await scene.start()
+    executor = scene.executors["a1"]
+    undisturbed = await answer(scene.client("int8"), prompt(9), OPTIONS)
+    run = executor.run
+
+    def poison_long(batch: Batch) -> list[memoryview]:
+        outputs = run(batch)
+        bad = to_memory(torch.full((1, executor.hidden_size), torch.nan))
+        return [
+            memoryview(bytes(bad) * work.part.rows) if work.session.max_tokens == 50 else output
+            for work, output in zip(batch.works, outputs, strict=True)
+        ]
+
+    executor.run = poison_long  # type: ignore[method-assign]
+    client = scene.client("int8", deadline_s=2.0)
+    good = [asyncio.create_task(answer(client, prompt(9), OPTIONS)) for _ in range(4)]
+    with pytest.raises(BsnsError, match="not finite"):
+        await answer(client, prompt(9), SamplingOptions(max_tokens=41))
+    assert await asyncio.gather(*good) == [undisturbed] * 4
