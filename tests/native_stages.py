@@ -75,11 +75,12 @@ class TorchRun:
 
     stage: Stage
     caches: dict[str, attention.KVCache] = field(default_factory=dict)
+    new_cache: type[attention.KVCache] = attention.KVCache
 
     def batch(self, parts: Sequence[Part], blocks: BlockRange | None = None) -> list[torch.Tensor]:
         segments, start = [], 0
         for part in parts:
-            cache = self.caches.setdefault(part.session, attention.KVCache(TOKENS))
+            cache = self.caches.setdefault(part.session, self.new_cache(TOKENS))
             segments.append(attention.Segment(cache, part.position, start, start + part.rows))
             start += part.rows
         given = torch.cat([rows_of(part, self.stage.hidden_size) for part in parts])

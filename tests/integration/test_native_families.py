@@ -17,6 +17,7 @@ from tiny_models import prompt, reference
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
+from bsns.model.attention import Int8KVCache
 from bsns.model.checkpoint import read_checkpoint
 from bsns.model.ends import Ends
 from bsns.model.source import resolve
@@ -62,6 +63,22 @@ def test_a_stage_equals_the_librarys(family: str, tiny_model: TinyModel) -> None
         for actual, expected in zip(native.batch(parts), library.batch(parts), strict=True):
             assert float(expected.std()) > 0.3, "outputs so flat would prove little"
             assert float((actual - expected).abs().max()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_a_cache_in_int8_loses_as_little_in_both(family: str, tiny_model: TinyModel) -> None:
+    path = tiny_model(family)
+    checkpoint = read_checkpoint(path)
+    whole = BlockRange(0, checkpoint.block_count)
+    stage = Stage(path, whole, dtype="float32")
+    native = NativeRun(NativeStage(checkpoint, whole, dtype="float32", cache="int8", threads=2))
+    library, exact = TorchRun(stage, new_cache=Int8KVCache), TorchRun(stage)
+    for parts in BATCHES:
+        batches = (run.batch(parts) for run in (native, library, exact))
+        for ours, theirs, expected in zip(*batches, strict=True):
+            for actual in (ours, theirs):
+                assert 0 < float(relative(actual, expected).max()) < 0.03
+            assert float(relative(ours, theirs).max()) < 0.03
 
 
 @pytest.mark.parametrize("family", NATIVE)

@@ -56,6 +56,10 @@ QuantOption = Annotated[
     Quant,
     typer.Option("--quant", metavar="TYPE", help="Keep weights in fewer bits: none, int8 or int4."),
 ]
+KvOption = Annotated[
+    Literal["none", "int8"],
+    typer.Option("--kv", metavar="TYPE", help="Keep keys and values of what was read in fewer bits: none or int8."),
+]
 ThreadsOption = Annotated[
     int, typer.Option("--threads", min=1, metavar="N", help="Threads for this end's share of the work.")
 ]

@@ -15,6 +15,7 @@ from bsns.cli.console import (
     DtypeOption,
     ExecutorOption,
     JsonFlag,
+    KvOption,
     ModelArgument,
     QuantOption,
     doing,
@@ -63,6 +64,7 @@ def serve(
     dtype: DtypeOption = "auto",
     executor: ExecutorOption = "auto",
     quant: QuantOption = "none",
+    kv: KvOption = "none",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, metavar="N", help="Compute threads; default: every core.")
     ] = None,
@@ -145,6 +147,7 @@ def serve(
                     most_blocks=most_blocks,
                     executor=executor,
                     quant=quant,
+                    kv=kv,
                 )
                 peer = await (
                     Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public)

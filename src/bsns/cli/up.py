@@ -21,6 +21,7 @@ from bsns.cli.console import (
     DtypeOption,
     ExecutorOption,
     JsonFlag,
+    KvOption,
     ModelArgument,
     QuantOption,
     doing,
@@ -54,6 +55,7 @@ def up(
     dtype: DtypeOption = "auto",
     executor: ExecutorOption = "auto",
     quant: QuantOption = "none",
+    kv: KvOption = "none",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")] = "auto",
     threads: Annotated[
         int | None,
@@ -121,6 +123,7 @@ def up(
                     threads=threads or _threads(source, device, executor, quant),
                     executor=executor,
                     quant=quant,
+                    kv=kv,
                     movable=True,
                     told=lambda number, what: say(f"node {number + 1} · {what}", line=number + 1),
                 )
@@ -206,8 +209,11 @@ async def _take_down(swarm: LocalSwarm, *, quiet: bool) -> None:
 
 
 def _threads(source: ModelSource, device: str, executor: str, quant: str) -> int:
-    """Of each node. Native threads sleep while they wait, so that every stage may use all cores in its turn: 1.7 times as
-    fast for one stream as a core each, and no slower for 32; torch's wait spinning. Raises BadOption."""
+    """Of each node. Raises BadOption.
+
+    Native threads sleep while they wait, so that every stage may use all cores in its turn: 1.7 times as fast for one
+    stream as a core each, and no slower for 32. Torch's wait spinning.
+    """
     from bsns.core.blocks import BlockRange
     from bsns.node.capacity import choose_device, default_threads
     from bsns.node.executors import NATIVE, choose_executor

@@ -33,6 +33,14 @@ class KVCache:
         self.capacity = capacity
         self._slabs: dict[int, torch.Tensor] = {}
 
+    def write(self, layer: int, position: int, kv_21HND: torch.Tensor) -> None:
+        """Keep a layer's keys and values of N tokens, the first at `position`."""
+        self.slab(layer, kv_21HND[0]).narrow(3, position, kv_21HND.shape[3]).copy_(kv_21HND)
+
+    def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, ...]:
+        """A layer's keys and values (1, heads, end - start, head size), as attention computes with them."""
+        return self._slabs[layer].narrow(3, start, end - start).unbind(0)
+
     def slab(self, layer: int, k_1HND: torch.Tensor) -> torch.Tensor:
         """The layer's slab; `k_1HND` shows what its keys look like when it is made."""
         slab = self._slabs.get(layer)
@@ -41,6 +49,33 @@ class KVCache:
             slab = torch.empty(2, 1, heads, self.capacity, size, dtype=k_1HND.dtype, device=k_1HND.device)
             self._slabs[layer] = slab
         return slab
+
+
+class Int8KVCache(KVCache):
+    """The same in int8, with a scale for each head and token. Attention reads one layer of one session at a time as it
+    computes; all of them are never there at once."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._scales: dict[int, torch.Tensor] = {}
+        self._dtype = torch.float32
+
+    def write(self, layer: int, position: int, kv_21HND: torch.Tensor) -> None:
+        count = kv_21HND.shape[3]
+        if layer not in self._slabs:
+            self._dtype = kv_21HND.dtype
+            shape = (*kv_21HND.shape[:3], self.capacity, kv_21HND.shape[4])
+            self._slabs[layer] = torch.empty(shape, dtype=torch.int8, device=kv_21HND.device)
+            self._scales[layer] = torch.empty((*shape[:4], 1), device=kv_21HND.device)
+        values = kv_21HND.float()
+        scales = values.abs().amax(4, keepdim=True) / 127
+        self._scales[layer].narrow(3, position, count).copy_(scales)
+        codes = (values / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_()
+        self._slabs[layer].narrow(3, position, count).copy_(codes)
+
+    def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, ...]:
+        codes, scales = (kept[layer].narrow(3, start, end - start) for kept in (self._slabs, self._scales))
+        return (codes * scales).to(self._dtype).unbind(0)
 
 
 @dataclass(slots=True)
@@ -103,20 +138,20 @@ def ragged_attention(
     # All rows are parted by a handful of calls here: what is called per session is what a step of many sessions costs.
     kv_21HND = torch.stack((key, value))
     q_N1KGD = query[0].transpose(0, 1).reshape(rows, 1, key_heads, heads // key_heads, size)
-    kv_rows, q_rows = kv_21HND.unbind(3), q_N1KGD.unbind(0)
+    kv_rows, q_rows = kv_21HND.unsqueeze(4).unbind(3), q_N1KGD.unbind(0)
     outputs: list[torch.Tensor] = []
     for segment in ragged.segments:
         start, position = segment.start, segment.position
         count = segment.end - start
-        slab = segment.cache.slab(layer, key)
+        cache = segment.cache
         if count == 1:
-            slab.select(3, position).copy_(kv_rows[start])
+            cache.write(layer, position, kv_rows[start])
             seen = position + 1 if sliding_window is None else min(position + 1, sliding_window)
-            keys, values = slab.narrow(3, position + 1 - seen, seen).unbind(0)
+            keys, values = cache.read(layer, position + 1 - seen, position + 1)
             outputs.append(_attend_one(q_rows[start], keys, values, scaling).reshape(1, heads, size))
         else:
-            slab.narrow(3, position, count).copy_(kv_21HND.narrow(3, start, count))
-            keys, values = slab.narrow(3, 0, position + count).unbind(0)
+            cache.write(layer, position, kv_21HND.narrow(3, start, count))
+            keys, values = cache.read(layer, 0, position + count)
             q_1HND = query.narrow(2, start, count)
             outputs.append(_attend_many(ragged, segment, q_1HND, keys, values, scaling, sliding_window))
     output_NHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

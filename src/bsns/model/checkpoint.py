@@ -158,19 +158,21 @@ class Checkpoint:
         """Weight bytes of the ends: embedding, final norm and head."""
         return sum(entry.nbytes for entry in self.tensors.values() if entry.block is None)
 
-    def kv_bytes_per_token_per_block(self, dtype_bytes: int) -> int:
-        """Bytes of keys and values that one token leaves in one block's cache."""
+    def kv_bytes_per_token_per_block(self, dtype_bytes: int, kv: str = "none") -> int:
+        """Bytes of keys and values that one token leaves in one block's cache; with `kv="int8"` a byte for each number,
+        and a scale in float32 for each head."""
+        number_bytes, head_bytes = (1, 2 * 4) if kv == "int8" else (dtype_bytes, 0)
         config = self.config
         heads = _whole(config, "num_attention_heads", "n_head", "n_heads")
         if config.get("kv_lora_rank"):
             # Multi-head latent attention; transformers caches the expanded keys and values.
             key = int(config["qk_nope_head_dim"]) + int(config["qk_rope_head_dim"])
-            return heads * (key + int(config["v_head_dim"])) * dtype_bytes
+            return heads * ((key + int(config["v_head_dim"])) * number_bytes + head_bytes)
         head_dim = int(config.get("head_dim") or self.hidden_size // heads)
         kv_heads = int(config.get("num_key_value_heads") or config.get("num_kv_heads") or heads)
         if config.get("multi_query") and not config.get("new_decoder_architecture"):
             kv_heads = 1  # Falcon 7B and GPT-BigCode
-        return 2 * kv_heads * head_dim * dtype_bytes
+        return kv_heads * (2 * head_dim * number_bytes + head_bytes)
 
     def _ropes(self) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = []

@@ -61,8 +61,8 @@ class ModelSource:
     def block_bytes(self, block: int) -> int:
         return self.bytes_per_block[block]
 
-    def kv_bytes_per_token_per_block(self, dtype_bytes: int) -> int:
-        return self.checkpoint.kv_bytes_per_token_per_block(dtype_bytes)
+    def kv_bytes_per_token_per_block(self, dtype_bytes: int, kv: str = "none") -> int:
+        return self.checkpoint.kv_bytes_per_token_per_block(dtype_bytes, kv)
 
 
 def resolve(model: str, *, progress: Progress | None = None) -> ModelSource:

@@ -47,6 +47,8 @@ class ServeOptions:
     """`native` or `torch`; see node.executors."""
     quant: str = "none"
     """What weights are kept in: as they are computed with (`none`), `int8` or `int4`."""
+    kv: str = "none"
+    """What keys and values are kept in: as they are computed with (`none`), or `int8`."""
 
     @property
     def follows(self) -> bool:

@@ -16,6 +16,7 @@ from bsns.worker.native_executor import NativeExecutor
 
 NATIVE, TORCH, AUTO = "native", "torch", "auto"
 QUANTS = ("none", "int8", "int4")
+KVS = ("none", "int8")
 EXECUTORS = (AUTO, NATIVE, TORCH)
 MAX_LABEL = 64
 """Characters of it that a record may carry (swarm.records)."""
@@ -37,13 +38,14 @@ class Choice:
 
 
 def choose_executor(
-    source: ModelSource, blocks: BlockRange, *, device: str, quant: str = "none", prefer: str = AUTO
+    source: ModelSource, blocks: BlockRange, *, device: str, quant: str = "none", kv: str = "none", prefer: str = AUTO
 ) -> Choice:
-    """What is to compute this range here, without loading it. `quant`: what weights are kept in.
+    """What is to compute this range here, without loading it. `quant`, `kv`: what weights, and keys and values, are
+    kept in.
 
     Raises BadOption for options nobody knows, and where what was asked for cannot be.
     """
-    for option, value, known in (("--executor", prefer, EXECUTORS), ("--quant", quant, QUANTS)):
+    for option, value, known in (("--executor", prefer, EXECUTORS), ("--quant", quant, QUANTS), ("--kv", kv, KVS)):
         if value not in known:
             raise BadOption(f"{option} {value!r} is not known; use {', '.join(known[:-1])} or {known[-1]}")
     choice = Choice(TORCH) if prefer == TORCH else _choice(source, blocks, device)
@@ -64,16 +66,18 @@ def load_executor(
     device: str,
     threads: int,
     quant: str = "none",
+    kv: str = "none",
 ) -> Executor:
     """Load the range. Raises what reading raises: CorruptModel, NotEnoughMemory, UnsupportedModel, BadRange."""
     if choice.name == NATIVE:
-        weights = SAME if quant == "none" else quant
-        return NativeExecutor(NativeStage(source.checkpoint, blocks, dtype=dtype, weights=weights, threads=threads))
+        weights, cache = (SAME if kept == "none" else kept for kept in (quant, kv))
+        stage = NativeStage(source.checkpoint, blocks, dtype=dtype, weights=weights, cache=cache, threads=threads)
+        return NativeExecutor(stage)
     # Here, because a node that computes natively needs none of the model library's layers.
     from bsns.model.stage import Stage
     from bsns.worker.torch_executor import TorchExecutor
 
-    return TorchExecutor(Stage(source.path, blocks, dtype=dtype, device=device), dtype=dtype)
+    return TorchExecutor(Stage(source.path, blocks, dtype=dtype, device=device), dtype=dtype, kv=kv)
 
 
 def _choice(source: ModelSource, blocks: BlockRange, device: str) -> Choice:

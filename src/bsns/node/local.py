@@ -62,6 +62,7 @@ class LocalSwarm:
         threads: int = 1,
         executor: str = "auto",
         quant: str = "none",
+        kv: str = "none",
         movable: bool = False,
         homes: Sequence[Home] = (),
         own_home: Home | None = None,
@@ -79,7 +80,7 @@ class LocalSwarm:
         self._model = model
         self._ranges = ranges
         self._arguments = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
-        self._arguments += ["--executor", executor, "--quant", quant]
+        self._arguments += ["--executor", executor, "--quant", quant, "--kv", kv]
         self._threads = threads
         self._movable = movable
         self._homes = homes

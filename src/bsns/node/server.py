@@ -96,10 +96,12 @@ class Server:
         dtype = choose_dtype(options.dtype, device, [record.dtype for record in present])
         planned_block_bytes = block_bytes_of(source, DTYPE_BYTES[dtype])
         block_bytes = block_bytes_of(source, DTYPE_BYTES[dtype], options.quant)
-        kv_bytes = source.kv_bytes_per_token_per_block(DTYPE_BYTES[dtype])
+        kv_bytes = source.kv_bytes_per_token_per_block(DTYPE_BYTES[dtype], options.kv)
         row_bytes = source.hidden_size * DTYPE_BYTES[dtype]
         blocks = choose_blocks(options, source, present, block_bytes, kv_bytes, row_bytes)
-        choice = choose_executor(source, blocks, device=device, quant=options.quant, prefer=options.executor)
+        choice = choose_executor(
+            source, blocks, device=device, quant=options.quant, kv=options.kv, prefer=options.executor
+        )
         if choice.reason:
             log.info("computing with torch", reason=choice.reason)
         cache_tokens = cache_tokens_of(options, source, blocks, block_bytes, kv_bytes, row_bytes)
@@ -138,7 +140,16 @@ class Server:
 
         def load(blocks: BlockRange) -> Executor:
             return throttled(
-                load_executor(choice, source, blocks, dtype=dtype, device=device, threads=threads, quant=options.quant)
+                load_executor(
+                    choice,
+                    source,
+                    blocks,
+                    dtype=dtype,
+                    device=device,
+                    threads=threads,
+                    quant=options.quant,
+                    kv=options.kv,
+                )
             )
 
         executor = await asyncio.to_thread(load, blocks)

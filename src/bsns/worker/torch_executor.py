@@ -6,7 +6,7 @@ import torch
 
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import SessionId
-from bsns.model.attention import KVCache, Segment
+from bsns.model.attention import Int8KVCache, KVCache, Segment
 from bsns.model.stage import Stage
 from bsns.model.tensors import to_memory, to_tensor
 from bsns.worker.batching import Batch
@@ -17,9 +17,11 @@ class TorchExecutor:
 
     name = "torch"
 
-    def __init__(self, stage: Stage, *, dtype: str) -> None:
+    def __init__(self, stage: Stage, *, dtype: str, kv: str = "none") -> None:
+        """`kv`: `int8` keeps keys and values in eight bits."""
         self._stage = stage
         self._dtype = dtype
+        self._new_cache = Int8KVCache if kv == "int8" else KVCache
         self._caches: dict[SessionId, KVCache] = {}
 
     @property
@@ -39,7 +41,7 @@ class TorchExecutor:
         return self._stage.device.type
 
     def open(self, session: SessionId, max_tokens: int) -> None:
-        self._caches[session] = KVCache(max_tokens)
+        self._caches[session] = self._new_cache(max_tokens)
 
     def close(self, session: SessionId) -> None:
         self._caches.pop(session, None)
@@ -50,7 +52,7 @@ class TorchExecutor:
         start = 0
         for work in batch.works:
             rows, position = work.part.rows, work.part.position
-            cache = self._caches.get(work.part.session) or KVCache(position + rows)
+            cache = self._caches.get(work.part.session) or self._new_cache(position + rows)
             segments.append(Segment(cache, position, start, start + rows))
             inputs.append(to_tensor(work.hidden, self._dtype, (rows, self.hidden_size)))
             start += rows

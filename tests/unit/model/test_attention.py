@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bsns.core.errors import UnsupportedModel
-from bsns.model.attention import KVCache, Ragged, Segment, ragged_attention
+from bsns.model.attention import Int8KVCache, KVCache, Ragged, Segment, ragged_attention
 
 torch.set_num_threads(1)
 HEAD_SIZE = 8
@@ -128,6 +128,34 @@ def test_layers_do_not_share_their_slabs() -> None:
     keys, values = cache.slab(0, zeros).unbind(0)
     assert keys.shape == values.shape == (1, 1, 2, 4)
     assert float(keys.abs().sum() + values.abs().sum()) == 0.0
+
+
+@HEADS
+@DTYPES
+@pytest.mark.parametrize("window", [None, 3])
+def test_keys_and_values_in_int8(heads: int, key_heads: int, dtype: torch.dtype, window: int | None) -> None:
+    """As exact as eight bits are, in a prompt, token by token, and where it is written again."""
+    text = Text(14, heads, key_heads, dtype)
+    text.cache = Int8KVCache(14)
+    expected = text.naive(window)
+
+    def near(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+        assert float((actual.double() - wanted).norm() / wanted.norm()) < 0.02
+
+    near(attend((text, 0, 9), window=window)[0], expected[:9])
+    for at in range(9, 14):
+        near(attend((text, at, at + 1), window=window)[0], expected[at : at + 1])
+    near(attend((text, 5, 12), window=window)[0], expected[5:12])
+    for layer, slab in text.cache._slabs.items():
+        assert slab.dtype == torch.int8
+        assert slab.shape == (2, 1, key_heads, 14, HEAD_SIZE)
+        assert layer == LAYER.layer_idx
+
+
+def test_an_int8_cache_of_zeros() -> None:
+    cache = Int8KVCache(2)
+    cache.write(0, 0, torch.zeros(2, 1, 1, 2, 4))
+    assert all(float(kept.abs().sum()) == 0.0 for kept in cache.read(0, 0, 2))
 
 
 @pytest.mark.parametrize("feature", ["softcap", "s_aux"])

@@ -103,6 +103,14 @@ def test_memory_follows_what_weights_are_kept_in(tmp_path: Path) -> None:
     assert 0.26 * full < four < 0.29 * full
 
 
+def test_memory_follows_what_keys_and_values_are_kept_in(tmp_path: Path) -> None:
+    source = source_of(make_model(tmp_path, *FAMILIES["llama"]))
+    config = source.checkpoint.config
+    heads, size = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
+    assert source.kv_bytes_per_token_per_block(2) == 2 * heads * size * 2
+    assert source.kv_bytes_per_token_per_block(2, "int8") == 2 * heads * (size + 4)
+
+
 @needs_native
 def test_planned_memory_is_what_the_arenas_take(tmp_path: Path) -> None:
     from bsns.model.configuration import read_config
