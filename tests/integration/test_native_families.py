@@ -81,6 +81,21 @@ def test_a_cache_in_int8_loses_as_little_in_both(family: str, tiny_model: TinyMo
             assert float(relative(ours, theirs).max()) < 0.03
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "gpt2"])
+def test_weights_in_int8_are_the_same_in_both(family: str, tiny_model: TinyModel) -> None:
+    path = tiny_model(family)
+    checkpoint = read_checkpoint(path)
+    whole = BlockRange(0, checkpoint.block_count)
+    native = NativeRun(NativeStage(checkpoint, whole, dtype="float32", weights="int8", threads=2, kept=False))
+    library, exact = (TorchRun(Stage(path, whole, dtype="float32", quant=quant)) for quant in ("int8", "none"))
+    for parts in BATCHES:
+        batches = (run.batch(parts) for run in (native, library, exact))
+        for ours, theirs, expected in zip(*batches, strict=True):
+            for actual in (ours, theirs):  # of models so small that a single rounding shows
+                assert 0 < float(relative(actual, expected).max()) < 0.1
+            assert float(relative(ours, theirs).max()) < 0.05
+
+
 @pytest.mark.parametrize("family", NATIVE)
 def test_bfloat16_loses_no_more_than_the_librarys(family: str, tiny_model: TinyModel) -> None:
     path = tiny_model(family)

@@ -11,5 +11,6 @@ stage          a range of blocks, run by the library's own layers
 ends           embedding, last norm and head, which stay with the client
 attention      ragged attention over the sessions' KV slabs
 linear         prepacked linear layers for CPUs
+quantized      linear layers in int8
 tensors        between torch tensors and a frame's bytes
 """

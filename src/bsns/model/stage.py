@@ -29,14 +29,17 @@ from bsns.model.configuration import read_config
 from bsns.model.failures import failure, is_no_memory
 from bsns.model.families import Family, family_of
 from bsns.model.linear import can_pack, pack_linears
+from bsns.model.quantized import quantize_linears
 from bsns.model.tensors import TORCH_DTYPES
 
 
 class Stage:
     """Blocks [start, end) of a model, ready to run batches. Not thread-safe: one caller at a time."""
 
-    def __init__(self, path: Path, blocks: BlockRange, *, dtype: str = "bfloat16", device: str = "cpu") -> None:
-        """Load the range from a safetensors directory.
+    def __init__(
+        self, path: Path, blocks: BlockRange, *, dtype: str = "bfloat16", device: str = "cpu", quant: str = "none"
+    ) -> None:
+        """Load the range from a safetensors directory. `quant`: `int8` keeps linear layers' weights so, on a CPU.
 
         Raises BadRange, CorruptModel, NotEnoughMemory, DiskFull, and UnsupportedModel for an architecture that would
         compute something else when it is cut.
@@ -57,20 +60,22 @@ class Stage:
         # of four dimensions, so that the library takes it for finished and builds none; our attention ignores it
         self._mask = torch.zeros(1, 1, 1, 1, device=self.device)
         try:
-            self._place()
+            self._place(quant)
             self._check()
         except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU's memory
             if not is_no_memory(error):
                 raise
             raise failure(error, path) from error
 
-    def _place(self) -> None:
-        """Bring the weights to where they are computed with."""
+    def _place(self, quant: str) -> None:
+        """Bring the weights to where they are computed with, and into what they are computed in."""
         self._base.to(self.device)
         if self.device.type != "cpu":
             return
         for index in self.blocks:
-            if can_pack(self.device, self.dtype):
+            if quant == "int8":
+                quantize_linears(self._layers[index])
+            elif can_pack(self.device, self.dtype):
                 pack_linears(self._layers[index])
             let_go_of_file(self._layers[index])
 

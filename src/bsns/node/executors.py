@@ -51,7 +51,7 @@ def choose_executor(
     choice = Choice(TORCH) if prefer == TORCH else _choice(source, blocks, device)
     if choice.name == TORCH and prefer == NATIVE:
         raise BadOption(f"the native executor cannot run {source.name} here ({choice.reason}); leave out --executor")
-    if choice.name == TORCH and quant != "none":
+    if choice.name == TORCH and (quant == "int4" or (quant == "int8" and device != "cpu")):
         why = choice.reason or "--executor torch was asked for"
         raise BadOption(f"only the native executor keeps weights in {quant}, but {why}; leave out --quant")
     return choice
@@ -77,7 +77,8 @@ def load_executor(
     from bsns.model.stage import Stage
     from bsns.worker.torch_executor import TorchExecutor
 
-    return TorchExecutor(Stage(source.path, blocks, dtype=dtype, device=device), dtype=dtype, kv=kv)
+    layers = Stage(source.path, blocks, dtype=dtype, device=device, quant=quant)
+    return TorchExecutor(layers, dtype=dtype, kv=kv)
 
 
 def _choice(source: ModelSource, blocks: BlockRange, device: str) -> Choice:
