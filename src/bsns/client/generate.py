@@ -223,18 +223,21 @@ class Generator:
             stats.route = session.route
             self._end(reader)
 
-    async def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
-        """Logits (rows, vocabulary) for every position of a text, chunk by chunk. Raises as `stream` does."""
+    async def logits(self, tokens: Sequence[int], start: int = 0) -> AsyncIterator[torch.Tensor]:
+        """Logits (rows, vocabulary) for every position of a text from `start` on, chunk by chunk. Raises as `stream`
+        does."""
         if not tokens:
             raise BadOption("the text is empty; give at least one token")
         if len(tokens) > self.context_tokens:
             raise PromptTooLong(f"{len(tokens)} tokens do not fit the model's context of {self.context_tokens}")
+        if not 0 <= start < len(tokens):
+            raise BadOption(f"a text of {len(tokens)} tokens has no position {start}")
         session = await self._open(len(tokens))
         reader = self._readers[session.id] = Reader(session, tokens)
         try:
-            for start in range(0, len(tokens), CHUNK_ROWS):
-                reader.limit = min(start + CHUNK_ROWS, len(tokens))
-                reader.wanted = rows = reader.goal - start
+            for chunk in range(start // CHUNK_ROWS * CHUNK_ROWS, len(tokens), CHUNK_ROWS):
+                reader.limit = min(chunk + CHUNK_ROWS, len(tokens))
+                reader.wanted = rows = reader.goal - max(start, chunk)
                 await self._feed(reader)
                 yield await self._decoder.logits(await self._hear(reader, memoryview), rows)
         finally:

@@ -140,9 +140,9 @@ class Client:
             raise BadOption("a conversation needs the chat template; give plain text with raw")
         return prompts.encode_chat(prompt)
 
-    def logits(self, tokens: Sequence[int]) -> AsyncIterator[torch.Tensor]:
-        """Logits (rows, vocabulary) for every position of a text, chunk by chunk."""
-        return self.generator.logits(tokens)
+    def logits(self, tokens: Sequence[int], start: int = 0) -> AsyncIterator[torch.Tensor]:
+        """Logits (rows, vocabulary) for every position of a text from `start` on, chunk by chunk."""
+        return self.generator.logits(tokens, start)
 
     def forgive(self, peers: Collection[PeerId]) -> None:
         """Choose these again, whether they failed lately or not."""

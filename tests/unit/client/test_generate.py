@@ -291,6 +291,20 @@ async def _logits(client: Generator, tokens: list[int]) -> torch.Tensor:
     return torch.cat([rows async for rows in client.logits(tokens)])
 
 
+@pytest.mark.parametrize("start", [0, 3, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 5, 2 * CHUNK_ROWS + 9])
+async def test_logits_from_a_position_on(scene: Scene, start: int) -> None:
+    await scene.start(context_tokens=512)
+    client, tokens = scene.swarm.client(scene.ends, context_tokens=512), prompt(2 * CHUNK_ROWS + 10)
+    whole = torch.cat([rows async for rows in client.logits(tokens)])
+    assert len(whole) == len(tokens)
+    found = torch.cat([rows async for rows in client.logits(tokens, start)])
+    torch.testing.assert_close(found, whole[start:])
+    for outside in (-1, len(tokens)):
+        with pytest.raises(BadOption, match="no position"):
+            await anext(aiter(client.logits(tokens, outside)))
+    await scene.freed()
+
+
 async def test_logits_beside_answers(scene: Scene) -> None:
     await scene.start()
     client = scene.swarm.client(scene.ends)
