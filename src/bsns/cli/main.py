@@ -13,7 +13,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import typer
 
 import bsns
-from bsns.cli import bench, chat, doctor, generate, plan, schemas, serve, simulate, status, topology, up
+from bsns.cli import bench, chat, doctor, eval, generate, plan, schemas, serve, simulate, status, topology, up
 from bsns.cli.console import EXIT_INTERRUPTED, EXIT_USER, leave, say_error
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ _add("topology", topology.topology)
 _add("simulate", simulate.simulate)
 app.add_typer(schemas.app, name="schemas")
 app.add_typer(bench.app, name="bench")
+app.add_typer(eval.app, name="eval")
 
 
 def _version(wanted: bool) -> None:
