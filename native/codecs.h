@@ -18,6 +18,7 @@ constexpr int LANES = 16;
 constexpr int INT8_BLOCK = 64, INT4_BLOCK = 32, DYNAMIC_BLOCK = 4096;
 constexpr int MOST_ROTATED = 512;
 constexpr float GREATEST[] = {3.4028234663852886e38f, 3.3895313892515355e38f};  // of float32, of bfloat16
+constexpr uint16_t MOST_SCALE = 0x7f7f;  // bfloat16's greatest: of four bits, beyond 10^38, a larger one would be needed
 constexpr float LARGE = 1.2676506002282294e30f;  // 2^100: beyond it a rotation might overflow
 constexpr float SHRINK = 2.3283064365386963e-10f, GROW = 4294967296.0f;  // 2^-32, 2^32
 
@@ -188,7 +189,8 @@ inline void encode_blocks(const float *row, int columns, bool four, float grow, 
         const int count = columns - start < block ? columns - start : block;
         const uint16_t kept = scale_of(greatest(row + start, count), most);
         const float scale = from_bfloat16(kept);
-        const uint16_t grown = to_bfloat16(scale * grow);
+        const uint16_t wanted = to_bfloat16(scale * grow);
+        const uint16_t grown = wanted > MOST_SCALE ? MOST_SCALE : wanted;
         std::memcpy(target, &grown, 2);
         if (kept == 0) {
             if (four)

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from bsns.bench.llama_cpp import MEASURES, Absent, Decode, LlamaCpp, Measure, Prefill, find_llama_cpp, tokens_per_s
 from bsns.bench.llama_gguf import checkpoint_gguf
 from bsns.bench.machine import cpu_name
+from bsns.client.prompts import Prompts
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BsnsError
+from bsns.core.errors import BadOption
 from bsns.model.attention import KVCache
 from bsns.model.attention import Segment as TorchSegment
 from bsns.model.ends import Ends
@@ -113,7 +114,7 @@ def bench_engine(
     figures: dict[str, Any] = {}
     for model in models:
         told(f"{model}: preparing the model")
-        source = _source(model, scratch)
+        source = shaped(model, scratch)
         figures[model] = _bench_model(source, formats, library, llama, scratch, threads, rounds, least_s, told)
     return {
         **figures,
@@ -151,14 +152,14 @@ def _bench_model(
                 for measure_name, measure in MEASURES.items():
                     told(f"{source.name} {form}: round {number} of {rounds}, {measure_name}")
                     for name, runner in runners.items():
-                        speed = _speed(runner, measure, least_s if number else 0.0)
+                        reached = speed(runner, measure, least_s if number else 0.0)
                         if number:  # the first round warms up
-                            taken[name].speeds[measure_name].append(speed)
+                            taken[name].speeds[measure_name].append(reached)
                             if measure_name == "1" and bandwidths:
-                                taken[name].shares.append(speed * runner.weight_bytes / bandwidths[-1])
+                                taken[name].shares.append(reached * runner.weight_bytes / bandwidths[-1])
                     if number and file is not None and isinstance(llama, LlamaCpp):
-                        speed = tokens_per_s(llama, file, measure, threads=threads)
-                        taken["llama_cpp"].speeds[measure_name].append(speed)
+                        reached = tokens_per_s(llama, file, measure, threads=threads)
+                        taken["llama_cpp"].speeds[measure_name].append(reached)
         for name, samples in taken.items():
             found[name][LIKE[form] if name == "llama_cpp" else form] = samples.medians()
             if samples.shares:
@@ -175,7 +176,7 @@ def _bench_model(
             }
     told(f"{source.name}: accuracy")
     found["bandwidth_gb_s"] = round(max(bandwidths, default=0.0) / 1e9, 1)
-    found |= _accuracy(source, formats, threads, perplexity=source.name == SMOLLM2)
+    found |= accuracy(source, formats, threads, perplexity=source.name == SMOLLM2)
     return found
 
 
@@ -187,7 +188,7 @@ def _bandwidth(library: Library, threads: int) -> float:
         pool.close()
 
 
-def _speed(runner: Runner, measure: Measure, least_s: float) -> float:
+def speed(runner: Runner, measure: Measure, least_s: float) -> float:
     """Tokens per second over at least `least_s` and two runs."""
     runner.run(measure)
     tokens = measure.tokens if isinstance(measure, Prefill) else measure.sequences
@@ -201,7 +202,7 @@ def _speed(runner: Runner, measure: Measure, least_s: float) -> float:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def _source(model: str, scratch: Path) -> ModelSource:
+def shaped(model: str, scratch: Path) -> ModelSource:
     """A model by name; one of SHAPES is made the first time, with random weights in bfloat16."""
     if model not in SHAPES:
         return resolve(model)
@@ -267,7 +268,9 @@ class NativeRunner:
         blocks = BlockRange(0, source.block_count)
         self._stage = NativeStage(source.checkpoint, blocks, dtype=dtype, weights=same, threads=threads)
         self._head = Projection(source.checkpoint, dtype=dtype, weights=weights, threads=threads)
-        self.weight_bytes = self._stage.weight_bytes + self._head.nbytes
+        self.stage_bytes = self._stage.weight_bytes
+        """Of the blocks alone."""
+        self.weight_bytes = self.stage_bytes + self._head.nbytes
         self._caches = [self._stage.open(_room(number)) for number in range(_MOST_SEQUENCES)]
         self._rows: dict[int, memoryview] = {}
         self._dtype = dtype
@@ -367,10 +370,12 @@ def _read_bytes(source: ModelSource, dtype: str) -> int:
 # ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
-def _accuracy(source: ModelSource, formats: Sequence[str], threads: int, *, perplexity: bool) -> dict[str, Any]:
+def accuracy(source: ModelSource, formats: Sequence[str], threads: int, *, perplexity: bool) -> dict[str, Any]:
     """Relative error of the logits against the torch executor in float32; on real weights the perplexities' ratio."""
     ends = Ends(source.path, dtype="float32")
-    windows = _text(source) if perplexity else [list(range(100, 100 + CONTEXT))]
+    windows: list[Sequence[int]] = [range(100, 100 + CONTEXT)]
+    if perplexity:
+        windows = windows_of_text(Prompts(source.path).encode)
     wanted = _exact(source, ends, windows)
     errors: dict[str, float] = {}
     ratios: dict[str, float] = {}
@@ -391,7 +396,7 @@ def _accuracy(source: ModelSource, formats: Sequence[str], threads: int, *, perp
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    tokens: list[int]
+    tokens: Sequence[int]
     logits: torch.Tensor
     """(tokens, vocabulary), exact."""
 
@@ -400,7 +405,7 @@ class _Window:
         return float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(self.tokens[1:])))
 
 
-def _exact(source: ModelSource, ends: Ends, windows: Sequence[list[int]]) -> list[_Window]:
+def _exact(source: ModelSource, ends: Ends, windows: Sequence[Sequence[int]]) -> list[_Window]:
     """What the torch executor computes in float32."""
     stage = Stage(source.path, BlockRange(0, source.block_count), dtype="float32")
     found = []
@@ -410,18 +415,16 @@ def _exact(source: ModelSource, ends: Ends, windows: Sequence[list[int]]) -> lis
     return found
 
 
-def _embed(ends: Ends, tokens: list[int]) -> torch.Tensor:
+def _embed(ends: Ends, tokens: Sequence[int]) -> torch.Tensor:
     return ends.embed(torch.tensor(tokens), torch.arange(len(tokens)))
 
 
-def _text(source: ModelSource) -> list[list[int]]:
-    """English that every Python brings along: its documentation of the language."""
-    from bsns.client.prompts import Prompts
-
+def windows_of_text(encode: Callable[[str], Sequence[int]]) -> list[Sequence[int]]:
+    """English that every Python brings along: its documentation of the language. Raises BadOption."""
     text = "\n".join(str(pydoc_data.topics.topics[name]) for name in sorted(pydoc_data.topics.topics))
-    tokens = Prompts(source.path).encode(text[: 6 * WINDOW * WINDOWS])
+    tokens = encode(text[: 6 * WINDOW * WINDOWS])
     if len(tokens) < WINDOW * WINDOWS:
-        raise BsnsError("too little text")
+        raise BadOption("this Python's documentation is too short to take a perplexity over; use another Python")
     return [tokens[start : start + WINDOW] for start in range(0, WINDOW * WINDOWS, WINDOW)]
 
 

@@ -90,6 +90,38 @@ def engine(
 
 
 @app.command()
+def compress(
+    part: Annotated[
+        list[str] | None, typer.Option("--part", help="wire, weights, kv or ttft; may be repeated. Default: all.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Compute threads of this process.")] = 1,
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """What fewer bits cost and save, against 16: on the wire, in the weights, in the cache.
+
+    The part ttft emulates a network, which needs root.
+
+    Example: bsns bench compress --part wire --quick
+    """
+
+    async def verb() -> None:
+        from bsns.bench.compress import PARTS, bench_compress
+
+        parts = part or list(PARTS)
+        if unknown := set(parts) - set(PARTS):
+            raise BadOption(f"there is no part {sorted(unknown)[0]!r}; use {', '.join(PARTS)}")
+        with reporting() as told:
+            figures = await bench_compress(parts, threads=threads, quick=quick, told=told)
+        if as_json:
+            emit(figures)
+        else:
+            out.print(_table(figures))
+
+    run(verb(), as_json=as_json)
+
+
+@app.command()
 def plan(
     part: Annotated[
         list[str] | None, typer.Option("--part", help="chain, dag or ablation; may be repeated. Default: all.")

@@ -60,8 +60,11 @@ KvOption = Annotated[
     Literal["none", "int8"],
     typer.Option("--kv", metavar="TYPE", help="Keep keys and values of what was read in fewer bits: none or int8."),
 ]
+MOST_THREADS = 1024
+"""As many as the native kernels take (native/api.cpp)."""
 ThreadsOption = Annotated[
-    int, typer.Option("--threads", min=1, metavar="N", help="Threads for this end's share of the work.")
+    int,
+    typer.Option("--threads", min=1, max=MOST_THREADS, metavar="N", help="Threads for this end's share of the work."),
 ]
 ModelArgument = Annotated[
     str,

@@ -25,7 +25,8 @@ Wire = Annotated[
     Literal["auto", "none", "bf16", "int8", "int8-dyn", "int8-rot", "int4"],
     typer.Option(
         "--wire",
-        help="What activations travel in: auto is int8 on ways where that is faster, and as they are on others.",
+        help="What activations travel in: auto is int8-rot on ways where that is faster, and none, as they are, on "
+        "others and in float32.",
     ),
 ]
 Weights = Annotated[

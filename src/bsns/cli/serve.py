@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from bsns.cli.console import (
+    MOST_THREADS,
     DtypeOption,
     ExecutorOption,
     JsonFlag,
@@ -66,7 +67,8 @@ def serve(
     quant: QuantOption = "none",
     kv: KvOption = "none",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, metavar="N", help="Compute threads; default: every core.")
+        int | None,
+        typer.Option("--threads", min=1, max=MOST_THREADS, metavar="N", help="Compute threads; default: every core."),
     ] = None,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 lets other machines in.")

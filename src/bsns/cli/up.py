@@ -18,6 +18,7 @@ from rich.text import Text
 from bsns.cli import routing_options as routing
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import (
+    MOST_THREADS,
     DtypeOption,
     ExecutorOption,
     JsonFlag,
@@ -62,6 +63,7 @@ def up(
         typer.Option(
             "--threads",
             min=1,
+            max=MOST_THREADS,
             metavar="N",
             help="Compute threads per node; default: every core where nodes compute natively, otherwise one.",
         ),

@@ -425,6 +425,16 @@ class Generator:
 
     def _on_results(self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]]) -> None:
         arrived: list[Arrived] = []
+        try:
+            self._take_results(peer, codec, results, arrived)
+        finally:  # what came before something that is wrong has come
+            if arrived:
+                self._decoder.submit(arrived)
+
+    def _take_results(
+        self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]], arrived: list[Arrived]
+    ) -> None:
+        """Raises BadTensor for what ends the link."""
         for part, hidden in results:
             reader = self._readers.get(part.session)
             if reader is None:
@@ -451,14 +461,14 @@ class Generator:
             try:
                 rows = decode(codec, hidden, self._dtype, self._hidden_size)
             except NotFinite:
-                raise BadTensor(f"{peer} answered session {part.session} with scales that are no numbers") from None
+                lost = PeerLost(f"node {peer} broke the protocol: it answered with scales that are no numbers")
+                self._on_failure(part.session, lost.about(peer))
+                continue
             reader.came_through(end)
             if reader.answer is None:
                 reader.heard.put_nowait(memoryview(rows))
             else:
                 arrived.append(Arrived(reader.answer, rows, part.hops))
-        if arrived:
-            self._decoder.submit(arrived)
 
     def _on_turned(self, turned: list[Turned]) -> None:
         """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""

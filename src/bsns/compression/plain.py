@@ -23,6 +23,8 @@ _GREATEST = {
 }
 _LARGE = np.float32(2.0**100)
 """Beyond it a rotation might overflow: such rows are rotated smaller."""
+_MOST_SCALE = np.uint16(0x7F7F)
+"""bfloat16's greatest: of four bits, beyond 10^38, a larger scale would be needed and is cut."""
 _SHRINK, _GROW = np.float32(2.0**-32), np.float32(2.0**32)
 
 
@@ -66,7 +68,9 @@ def encode(codec: Codec, rows: Floats) -> Bytes:
     scales = np.repeat(_from_halves(kept), codec.block, axis=1)[:, : rows.shape[1]]
     codes = np.rint(np.divide(rows, scales, out=np.zeros_like(rows), where=scales > 0)).astype(np.int8)
     packed = codes.view(np.uint8) if codec.bits == 8 else _nibbles(codes)
-    return np.hstack([_to_halves(_from_halves(kept) * grow).view(np.uint8), packed])
+    with np.errstate(over="ignore"):
+        grown = np.minimum(_to_halves(_from_halves(kept) * grow), _MOST_SCALE)
+    return np.hstack([grown.view(np.uint8), packed])
 
 
 def decode(codec: Codec, coded: Bytes, columns: int) -> Floats:

@@ -61,7 +61,7 @@ def quantize_linears(root: nn.Module) -> int:
     done = 0
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child.in_features > 1:  # of a single column torch's product is wrong
                 setattr(parent, name, Int8Linear(child.weight, child.bias))
             elif type(child) is Conv1D:  # GPT-2 keeps its weights transposed
                 setattr(parent, name, Int8Linear(child.weight.t(), child.bias))  # type: ignore[operator, arg-type]

@@ -68,7 +68,7 @@ class PackedCache:
                 sound = list(threads.map(read, parts)) == header["sums"]
         except FileNotFoundError:
             return False
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             log.info("a packed block cannot be read; packing it again", block=index, reason=str(error))
             sound = False
         if not sound:

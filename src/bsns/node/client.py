@@ -27,7 +27,7 @@ from bsns.model.source import SMOLLM2, ModelSource, resolve
 from bsns.node.ends import load_ends
 from bsns.node.peer import Peer
 from bsns.node.view import NodeStatus, View
-from bsns.node.wires import AUTO, Wires
+from bsns.node.wires import AUTO, Wires, check_wire
 from bsns.planning.selection import Weights
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.routing.chain import Aim, Route, Wish
@@ -73,6 +73,7 @@ class Client:
         self._deadline_s = deadline_s
         self._wish = Wish(objective, Weights.parse(weights) if isinstance(weights, str) else weights)
         self._warm_spares = warm_spares
+        check_wire(wire)
         self._wire = wire
         self._measuring: asyncio.Task[None] | None = None
         self._peer: Peer | None = None

@@ -32,6 +32,12 @@ FAR_S = 0.002
 TRIES = 20
 
 
+def check_wire(wire: str) -> None:
+    """Raises BadOption for a codec nobody knows."""
+    if wire not in WIRES:
+        raise BadOption(f"there is no wire codec {wire!r}; use one of {', '.join(WIRES)}")
+
+
 class Wires:
     """Chooses codecs (client.finding.ChooseCodec) for activations of one model in one dtype.
 
@@ -42,11 +48,9 @@ class Wires:
         self, wire: str, view: View, own: PeerId, dial: Dial, clock: Clock, *, dtype: str, columns: int
     ) -> None:
         """`own` measures its ways to the ends of the routes it uses, while `run` runs. Raises BadOption."""
-        if wire not in WIRES:
-            raise BadOption(f"there is no wire codec {wire!r}; use one of {', '.join(WIRES)}")
-        self._codec = RAW if wire == NONE else wire
-        if wire == AUTO and dtype == "float32":
-            self._codec = RAW
+        check_wire(wire)
+        as_it_is = wire == NONE or (wire, dtype) in ((AUTO, "float32"), ("bf16", "bfloat16"))
+        self._codec = RAW if as_it_is else wire
         self._view = view
         self._dtype = dtype
         self._columns = columns

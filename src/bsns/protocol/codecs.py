@@ -57,7 +57,8 @@ class Codec:
         """How far, at most, a row comes back off, relative to it, in the Euclidean norm.
 
         A block's error is at most `step` times its greatest number in each of its places, and that number squared is at
-        most the sum of its squares; a rotation keeps both norms. Numbers below 2^-90 are off by as much at most.
+        most the sum of its squares; a rotation keeps both norms. Numbers below 2^-90 are off by as much at most; int4
+        says nothing of rows beyond 10^38.
         """
         return self.step * math.sqrt(min(columns, self.block or 1)) * 1.001 + _ROUNDING[dtype]
 

@@ -41,11 +41,11 @@ def run_coded(executor: Executor, batch: Batch) -> list[Buffer | BsnsError]:
     }
     for n, encoded in _coded(encode, goes, executor).items():
         if isinstance(encoded, NotFinite):
-            outputs[n] = PeerFailed(f"{_culprit(executor, batch, works[n])} gives numbers that are not finite")
+            outputs[n] = _fault(executor, batch, works[n])
         else:
             outputs[n] = encoded
     for n in refused:
-        outputs[n] = BadTensor("a step whose scales are no numbers")
+        outputs[n] = _blaming(BadTensor("a step whose scales are no numbers"), works[n])
     return outputs
 
 
@@ -88,13 +88,27 @@ def _coded(code: Code, items: Mapping[int, tuple[str, Buffer]], executor: Execut
     return found
 
 
-def _culprit(executor: Executor, batch: Batch, work: Work) -> str:
-    """Which block gave the numbers that are not finite, found by running one after the other."""
-    hidden = work.hidden
+def _fault(executor: Executor, batch: Batch, work: Work) -> BsnsError:
+    """Who gave the numbers that are not finite: whoever sent them, or which block, found by running one after the
+    other."""
+    if not _is_finite(work.hidden, executor):
+        return _blaming(PeerFailed("numbers that are not finite came in"), work)
+    hidden: Buffer = work.hidden
     for block in range(batch.blocks.start, batch.blocks.end):
         (hidden,) = executor.run(Batch(BlockRange(block, block + 1), [replace(work, hidden=hidden)]))
-        try:
-            encode("int8", hidden, executor.dtype, executor.hidden_size)
-        except NotFinite:
-            return f"block {block}"
-    return f"one of the blocks {batch.blocks}"
+        if not _is_finite(hidden, executor):
+            return PeerFailed(f"block {block} gives numbers that are not finite")
+    return PeerFailed(f"one of the blocks {batch.blocks} gave numbers that are not finite")
+
+
+def _is_finite(hidden: Buffer, executor: Executor) -> bool:
+    try:
+        encode("int8", hidden, executor.dtype, executor.hidden_size)
+    except NotFinite:
+        return False
+    return True
+
+
+def _blaming(error: BsnsError, work: Work) -> BsnsError:
+    """With the stage before to blame, where there is one."""
+    return error.about(work.session.previous) if work.session.previous is not None else error

@@ -420,7 +420,10 @@ class Worker:
         groups: defaultdict[tuple[bool, PeerId, str], list[tuple[Work, Buffer]]] = defaultdict(list)
         for work, output in zip(batch.works, outputs, strict=True):
             if isinstance(output, BsnsError):
-                self._give_up(work.session, output)
+                if output.peer is None:
+                    self._give_up(work.session, output)
+                else:  # what came was wrong: what it left in the cache is overwritten when it comes again
+                    self._report_about(work.session, output)
                 continue
             if self.sessions.get(work.part.session) is not work.session:
                 continue  # closed meanwhile: nobody waits for it

@@ -215,7 +215,8 @@ class SessionTable:
         if not 1 <= part.rows <= MAX_ROWS_PER_PART or not 0 <= part.wanted <= part.rows or part.position < 0:
             raise BadFrame(f"a step of {part.rows} rows at {part.position}, {part.wanted} wanted, is impossible")
         if codec != session.takes:
-            raise BadFrame(f"a step in {codec} for a session that was opened with {session.takes}")
+            wrong = BadFrame(f"a step in {codec} for a session that was opened with {session.takes}")
+            raise wrong if sender == session.client else wrong.about(sender)
         if len(part.hops) >= session.depth:
             raise BadFrame(f"a step that has passed {len(part.hops)} stages does not fit a route of {session.depth}")
         if part.position > session.end:

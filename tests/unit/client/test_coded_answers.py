@@ -19,6 +19,9 @@ from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId
 from bsns.model.tensors import to_memory
 from bsns.protocol.codecs import CODECS
+from bsns.protocol.frames import Buffer, Message
+from bsns.protocol.inference import Result
+from bsns.transport.port import Stream
 from bsns.worker.batching import Batch
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -44,9 +47,9 @@ class Poisoned(TorchExecutor):
 
 
 def mixed(sender: PeerId | None, receiver: PeerId | None) -> str:
-    """Another codec on every way."""
+    """Another codec on every way; on those to and from nodes that come later too."""
     names = sorted(CODECS)
-    return names[sum(map(ord, f"{sender}>{receiver}".replace("b", "a"))) % len(names)]
+    return names[sum(map(ord, f"{sender}>{receiver}")) % len(names)]
 
 
 class Scene:
@@ -105,7 +108,9 @@ async def test_an_answer_goes_on_as_it_was_where_stages_are_lost(
     for name in lost:
         scene.swarm.network.kill(PeerId(name))
     tokens += [piece.token async for piece in stream]
-    assert tokens == undisturbed
+    if choose == "int8" or len(lost) == 1:  # between two new stages the codec may be another
+        assert tokens == undisturbed
+    assert len(tokens) == len(undisturbed)
 
 
 async def test_many_answers_at_once_on_ways_of_their_own(scene: Scene) -> None:
@@ -159,3 +164,98 @@ async def test_one_answers_numbers_are_no_others_trouble(scene: Scene) -> None:
     with pytest.raises(BsnsError, match="not finite"):
         await answer(client, prompt(9), SamplingOptions(max_tokens=41))
     assert await asyncio.gather(*good) == [undisturbed] * 4
+
+
+async def test_warm_spares_speak_the_codecs_of_the_route_as_it_is(scene: Scene) -> None:
+    """Two stages are replaced by two with another codec between them: spares of either would not be understood."""
+    await scene.start("b0", "b1", "b2")
+    late = ("c1", "c2")
+
+    def choose(sender: PeerId | None, receiver: PeerId | None) -> str:
+        return "raw" if sender in late and receiver in late else "int8"
+
+    client = scene.swarm.client(scene.ends, context_tokens=512, choose_codec=choose, warm_spares=True)
+    stream = client.stream(prompt(9), SamplingOptions(max_tokens=200))
+    await anext(stream)
+    (reader,) = client._readers.values()
+    held = client._spares._held[reader.session.id]
+
+    async def warm() -> None:
+        """One token after the other, until every stage has a spare in the route's codecs."""
+        for _ in range(60):
+            await anext(stream)
+            await asyncio.sleep(0.01)
+            spares = [spare for spare in held.spares.values() if spare.link is not None]
+            starts = {hop.blocks.start: n for n, hop in enumerate(reader.session.route)}
+            places = [starts[spare.hop.blocks.start] for spare in spares]
+            if len(spares) == 3 and all(
+                spare.codecs == reader.session.codecs[n : n + 2] for n, spare in zip(places, spares, strict=True)
+            ):
+                return
+        raise AssertionError([(spare.hop.peer, spare.codecs) for spare in held.spares.values()])
+
+    await warm()
+    for name in late:
+        scene.executors[name] = executor = Poisoned(scene.stages[int(name[1])], dtype="float32")
+        await scene.swarm.add_node(name, executor, block_count=CUTS[-1], context_tokens=512, block_time_s=1e-4)
+    view = scene.swarm.views[-1]
+    view._read_s = float("-inf")
+    await view.records()
+    for name in ("a1", "a2"):
+        scene.swarm.network.kill(PeerId(name))
+    while [hop.peer for hop in reader.session.route] != ["a0", *late]:
+        await anext(stream)
+    assert reader.session.codecs == ("int8", "int8", "raw", "int8")
+    await warm()
+    scene.swarm.network.kill(PeerId("c1"))
+    assert [piece.finished async for piece in stream][-1] == "length"
+    assert [hop.peer for hop in reader.session.route] == ["a0", "b1", "c2"]
+    assert client.warm_repairs == 1
+
+
+@pytest.mark.parametrize("how", ["no numbers over a plain way", "scales that are no numbers"])
+async def test_who_sent_what_is_no_number_is_to_blame(scene: Scene, how: str) -> None:
+    """Not the stage that received it, which would be replaced for nothing."""
+    await scene.start("b0", "b1")
+    undisturbed = await answer(scene.client("int8"), prompt(9), OPTIONS)
+
+    def choose(sender: PeerId | None, receiver: PeerId | None) -> str:
+        return "raw" if how.startswith("no numbers") and sender in ("a0", "b0") else "int8"
+
+    client = scene.client(choose)
+    stream = client.stream(prompt(9), OPTIONS)
+    tokens = [(await anext(stream)).token for _ in range(5)]
+    (reader,) = client._readers.values()
+    if how.startswith("no numbers"):
+        scene.executors["a0"].block = 1
+    else:
+        relay = scene.swarm.nodes["a0"].worker._relay
+        post = relay.post
+
+        def spoil(peer: PeerId, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+            post(peer, message, [b"\xff\xff" + bytes(buffer)[2:] for buffer in buffers])
+
+        relay.post = spoil  # type: ignore[method-assign]
+    tokens += [piece.token async for piece in stream]
+    assert len(tokens) == len(undisturbed)
+    assert [hop.peer for hop in reader.session.route][:2] == ["b0", "a1"]
+
+
+async def test_a_row_that_is_none_costs_its_own_answer_a_repair_alone(scene: Scene) -> None:
+    """In a frame with others' rows, some of which come before it."""
+    await scene.start("b2")
+    client = scene.client("int8", deadline_s=4.0)
+    alone = [await answer(client, prompt(9 + n), OPTIONS) for n in range(4)]
+    worker = scene.swarm.nodes["a2"].worker
+    post, spoiled = worker._post, []
+
+    def spoil(stream: Stream | None, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+        if isinstance(message, Result) and len(buffers) >= 2 and not spoiled:
+            spoiled.append(message.parts[-1].session)
+            buffers = [*buffers[:-1], b"\xff\xff" + bytes(buffers[-1])[2:]]
+        post(stream, message, buffers)
+
+    worker._post = spoil  # type: ignore[method-assign]
+    together = await asyncio.gather(*(answer(client, prompt(9 + n), OPTIONS) for n in range(4)))
+    assert spoiled
+    assert list(together) == alone

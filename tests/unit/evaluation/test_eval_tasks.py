@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,12 +123,11 @@ def test_a_question_with_two_right_choices_is_told(lay: Lay) -> None:
         BigBench(data).items(None, no_tokens)
 
 
-def test_perplexity_is_over_the_windows_of_the_engines_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perplexity_is_over_the_windows_of_the_engines_benchmark() -> None:
     def encode(text: str) -> list[int]:
         return [ord(letter) for letter in text[::3]]
 
-    monkeypatch.setattr("bsns.client.prompts.Prompts", lambda path: SimpleNamespace(encode=encode))
-    expected = engine._text(SimpleNamespace(path=None))  # type: ignore[arg-type]
+    expected = engine.windows_of_text(encode)
     task = Perplexity()
     items = task.items(None, encode)
     asks = [ask for item in items for ask in item.asks if isinstance(ask, Tokens)]

@@ -83,11 +83,12 @@ def test_our_own_way_to_a_node_that_is_far_is_slow_until_it_is_measured() -> Non
 def test_auto_keeps_float32_exact() -> None:
     assert wires(ways={("a", "b"): 1.0}, dtype="float32").choose(A, B) == RAW
     assert wires("int8", dtype="float32").choose(A, B) == "int8"
+    assert wires("bf16", dtype="float32").choose(A, B) == "bf16"
 
 
 def test_what_was_asked_for_is_taken_on_every_way() -> None:
     for wire in WIRES[1:]:
-        codec = RAW if wire == "none" else wire
+        codec = RAW if wire in ("none", "bf16") else wire  # of bfloat16, bf16 is what it is
         assert codec in CODECS
         assert wires(wire).choose(A, B) == wires(wire).choose(None, A) == codec
 

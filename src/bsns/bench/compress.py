@@ -1,0 +1,316 @@
+"""`bsns bench compress`: what fewer bits cost and save: on the wire, in the weights, in the cache.
+
+Everything is measured against 16 bits in the same run. Codecs encode and decode rows of random numbers, and of such
+with outlier channels, which real activations have; others' codecs do the same.
+Weights are those of a Llama shape of 1.1 B.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, closing
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bsns.bench.emulation import Network, Way, hindrance
+from bsns.bench.engine import NativeRunner, accuracy, shaped, speed, windows_of_text
+from bsns.bench.faults import homes
+from bsns.bench.llama_cpp import MEASURES
+from bsns.bench.machine import cpu_name
+from bsns.client.generate import Stats
+from bsns.client.prompts import Prompts
+from bsns.client.sampling import SamplingOptions
+from bsns.compression import plain, rows
+from bsns.core.blocks import BlockRange
+from bsns.model.source import SMOLLM2, ModelSource, cache_dir, resolve
+from bsns.native.families import RMS_NORM
+from bsns.native.library import KINDS, Library, Matrix, Source, native_library
+from bsns.native.stage import OUTLIER, NativeStage
+from bsns.native.stage import Segment as NativeSegment
+from bsns.node.client import Client
+from bsns.node.local import Home, LocalSwarm
+from bsns.planning.joining import equal_split
+from bsns.protocol.codecs import CODECS, RAW
+
+DTYPE = "bfloat16"
+PARTS = ("wire", "weights", "kv", "ttft")
+COUNTS = (1, 16, 256, 2048)
+COLUMNS = (576, 2048, 4096)
+OUTLIERS = (7, 200, 401)
+"""Channels that are `OUTLIER_SIZE` times as large as the others."""
+OUTLIER_SIZE = 60.0
+FORMATS = {"none": "bf16", "int8": "int8", "int4": "int4"}
+NO_NORM = 0
+"""The address of no weights: nothing is normed."""
+STAGES = 3
+CLIENT = 0
+RATE = 100e6 / 8
+DELAY_S = 0.0025
+PROMPT_TOKENS = 2048
+WIRES = ("none", "int8", "int8-dyn", "int8-rot", "int4")
+
+Told = Callable[[str], None]
+Floats = NDArray[np.float32]
+
+
+async def bench_compress(parts: Sequence[str], *, threads: int, quick: bool, told: Told) -> dict[str, Any]:
+    """Measure and report; keys as in docs/benchmarks.md."""
+    torch.set_num_threads(threads)
+    library = native_library()
+    figures: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    if "wire" in parts:
+        figures["wire"], left_out["hivemind"] = bench_wire(quick, told)
+    if isinstance(library, str):
+        left_out |= {part: library for part in ("weights", "kv") if part in parts}
+    else:
+        if "weights" in parts:
+            figures["weights"] = bench_weights(library, threads, quick, told)
+        if "kv" in parts:
+            figures["kv"] = {"int8": bench_kv(threads, told)}
+    if "ttft" in parts:
+        if (problem := hindrance()) is None:
+            figures |= await bench_ttft(quick, told)
+        else:
+            left_out["ttft"] = problem
+    return {
+        **figures,
+        "left_out": {name: why for name, why in left_out.items() if why},
+        "kernels": library if isinstance(library, str) else library.kernels[0],
+        "threads": threads,
+        "quick": quick,
+        "cpu": cpu_name(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+# ---- on the wire ----------------------------------------------------------------------------------------------------
+
+
+def bench_wire(quick: bool, told: Told) -> tuple[dict[str, Any], str]:
+    """Every codec on every shape, and hivemind's on the same; with why hivemind's is missing."""
+    found: dict[str, Any] = {}
+    for codec in (codec for codec in CODECS if codec != RAW):
+        told(f"wire: {codec}")
+
+        def there_and_back(data: bytes, shape: tuple[int, int], codec: str = codec) -> tuple[int, Floats]:
+            coded = rows.encode(codec, data, DTYPE, shape[1])
+            back = rows.decode(codec, coded, DTYPE, shape[1])
+            return memoryview(coded).nbytes, plain.numbers(back, DTYPE, shape)
+
+        found[codec] = _measured(there_and_back, quick)
+    told("wire: hivemind's codec")
+    try:
+        found["hivemind"] = _measured(_hivemind(), quick)
+    except ImportError as error:
+        return found, f"its blockwise codec needs {error.name}"
+    return found, ""
+
+
+Codec = Callable[[bytes, tuple[int, int]], tuple[int, Floats]]
+"""Bytes and shape of rows to the bytes they were encoded in, and the rows as they come back."""
+
+
+def _measured(there_and_back: Codec, quick: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for columns in COLUMNS:
+        for count in COUNTS:
+            data = plain.in_dtype(activations(count, columns), DTYPE).tobytes()
+            nbytes, _ = there_and_back(data, (count, columns))
+            times_s = []
+            for _ in range(3 if quick or count > 256 else 30):
+                started_s = time.perf_counter()
+                there_and_back(data, (count, columns))
+                times_s.append(time.perf_counter() - started_s)
+            figures.setdefault("us", {}).setdefault(str(columns), {})[str(count)] = round(min(times_s) * 1e6, 1)
+            figures.setdefault("bytes", {}).setdefault(str(columns), {})[str(count)] = round(nbytes / len(data), 4)
+    figures["bytes_ratio"] = figures["bytes"]["576"]["1"]
+    figures["us_1"], figures["us_2048"] = figures["us"]["576"]["1"], figures["us"]["4096"]["2048"]
+    for name, values in (("rel_err", activations(64, 576)), ("rel_err_outliers", activations(64, 576, OUTLIER_SIZE))):
+        data = plain.in_dtype(values, DTYPE).tobytes()
+        exact = plain.numbers(data, DTYPE, (64, 576))
+        _, back = there_and_back(data, (64, 576))
+        figures[name] = _short(float(np.linalg.norm(back - exact) / np.linalg.norm(exact)))
+    return figures
+
+
+def activations(count: int, columns: int, outliers: float = 1.0) -> Floats:
+    """Normal numbers, of which some channels are larger."""
+    values = np.random.default_rng(count * columns).standard_normal((count, columns)).astype(np.float32)
+    values[:, OUTLIERS] *= outliers
+    return values
+
+
+def _hivemind() -> Codec:
+    """Its blockwise 8-bit codec, whose map travels with every tensor. Raises ImportError."""
+    import bitsandbytes  # noqa: F401  which it stands on
+    from hivemind.compression import BlockwiseQuantization, CompressionInfo
+
+    codec = BlockwiseQuantization()
+
+    def there_and_back(data: bytes, shape: tuple[int, int]) -> tuple[int, Floats]:
+        tensor = torch.frombuffer(bytearray(data), dtype=torch.bfloat16).reshape(shape)
+        coded = codec.compress(tensor, CompressionInfo.from_tensor(tensor))
+        return len(coded.buffer), codec.extract(coded).float().numpy()
+
+    return there_and_back
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def bench_weights(library: Library, threads: int, quick: bool, told: Told) -> dict[str, Any]:
+    """The native executor on the 1.1 B shape: what weights take, how fast it decodes, how far its logits are off."""
+    scratch = cache_dir() / "bench"
+    scratch.mkdir(parents=True, exist_ok=True)
+    source = shaped("1.1b", scratch)
+    taken: dict[str, dict[str, list[float]]] = {name: {"1": [], "4": [], "16": []} for name in FORMATS}
+    figures: dict[str, dict[str, Any]] = {}
+    runners: dict[str, NativeRunner] = {}
+    try:
+        for name, form in FORMATS.items():
+            told(f"weights: loading {name}")
+            before = _resident()
+            runners[name] = NativeRunner(source, form, threads)
+            grown = _resident() - before
+            figures[name] = {"weight_mb": round(runners[name].stage_bytes / 2**20), "rss_mb": round(grown / 2**20)}
+        for number in range(2 if quick else 6):
+            told(f"weights: round {number}")
+            for measure, speeds in ((m, {n: t[m] for n, t in taken.items()}) for m in ("1", "4", "16")):
+                for name, runner in runners.items():
+                    tokens_per_s = speed(runner, MEASURES[measure], 0.2 if quick else 1.0)
+                    if number:  # the first warms up
+                        speeds[name].append(tokens_per_s)
+    finally:
+        for runner in runners.values():
+            runner.close()
+    whole = figures["none"]["weight_mb"]
+    for name, found in figures.items():
+        found["rss_ratio"] = round(found["weight_mb"] / whole, 3)
+        for measure, speeds_of in taken[name].items():
+            found[f"tps_{measure}"] = round(statistics.median(speeds_of), 2)
+            found[f"tps_{measure}_ratio"] = round(
+                statistics.median(a / b for a, b in zip(speeds_of, taken["none"][measure], strict=True)), 2
+            )
+    told("weights: accuracy")
+    errors = accuracy(source, list(FORMATS.values()), threads, perplexity=False)["logit_error"]
+    for name, form in FORMATS.items():
+        figures[name]["rel_err"] = errors[form]
+    figures["int8"]["rel_err_outliers"] = _planted(library, OUTLIER)
+    figures["int8"]["rel_err_outliers_plain"] = _planted(library, 0.0)
+    return figures
+
+
+def _resident() -> int:
+    """Resident bytes of this process that no file stands behind."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+
+def _planted(library: Library, outlier: float) -> float:
+    """How far one int8 product is off where three columns of what comes are `OUTLIER_SIZE` times as large."""
+    size, count = 2048, 16
+    draw = np.random.default_rng(1)
+    weights = (draw.standard_normal((size, size)) / math.sqrt(size)).astype(np.float32)
+    x = activations(count, size, OUTLIER_SIZE)
+    y = np.empty((count, size), np.float32)
+    with closing(library.memory(library.matrix_bytes("int8", size, size))) as memory, closing(library.pool(1)) as pool:
+        matrix = Matrix(KINDS["int8"], size, size, memory.address)
+        library.pack(matrix, Source(weights.ctypes.data, KINDS["float32"], size, size, size, 1), 0, 1, size, size)
+        library.project(
+            pool,
+            matrix,
+            RMS_NORM,
+            NO_NORM,
+            epsilon=0.0,
+            outlier=outlier,
+            rows=count,
+            source=x.ctypes.data,
+            kind="float32",
+            target=y.ctypes.data,
+        )
+    exact = x @ weights.T
+    return _short(float(np.linalg.norm(y - exact) / np.linalg.norm(exact)))
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+
+def bench_kv(threads: int, told: Told) -> dict[str, float]:
+    """SmolLM2's perplexity with keys and values in int8, against bfloat16, the rest in bfloat16."""
+    source = resolve(SMOLLM2)
+    losses = {}
+    for cache in ("same", "int8"):
+        told(f"kv: perplexity with {'bfloat16' if cache == 'same' else cache}")
+        losses[cache] = _loss(source, cache, threads)
+    whole, short = source.kv_bytes_per_token_per_block(2), source.kv_bytes_per_token_per_block(2, "int8")
+    return {
+        "bytes_ratio": round(short / whole, 4),
+        "ppl_ratio": round(math.exp(losses["int8"] - losses["same"]), 5),
+    }
+
+
+def _loss(source: ModelSource, cache: str, threads: int) -> float:
+    """Mean cross entropy over the text, read 32 tokens at a time, so that most of it is read from the cache."""
+    from bsns.model.ends import Ends
+
+    ends = Ends(source.path, dtype=DTYPE)
+    blocks = BlockRange(0, source.block_count)
+    stage = NativeStage(source.checkpoint, blocks, dtype=DTYPE, cache=cache, threads=threads)
+    losses = []
+    with closing(stage):
+        for tokens in windows_of_text(Prompts(source.path).encode):
+            with closing(stage.open(len(tokens))) as held:
+                hidden = ends.embed(torch.tensor(tokens), torch.arange(len(tokens))).view(torch.uint8).numpy()
+                output = b"".join(
+                    stage.run([NativeSegment(held, start, len(part))], part.tobytes())
+                    for start in range(0, len(tokens), 32)
+                    if len(part := hidden[start : start + 32])
+                )
+            logits = ends.logits(torch.frombuffer(bytearray(output), dtype=torch.bfloat16).view(len(tokens), -1))
+            losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:]))))
+    return statistics.mean(losses)
+
+
+# ---- a whole swarm --------------------------------------------------------------------------------------------------
+
+
+async def bench_ttft(quick: bool, told: Told) -> dict[str, Any]:
+    """Time to the first token of a long prompt over three nodes whose ways carry 100 Mbit/s, 5 ms there and back."""
+    source = resolve(SMOLLM2)
+    ranges = equal_split(source.block_count, STAGES)
+    taken: dict[str, list[float]] = {wire: [] for wire in WIRES}
+    told(f"ttft: starting {STAGES} nodes in an emulated network")
+    with Network(STAGES + 1) as network, network.entered(CLIENT):
+        network.shape({(a, b): Way(DELAY_S, RATE) for a in range(STAGES + 1) for b in range(STAGES + 1) if a != b})
+        async with AsyncExitStack() as stack:
+            own_home = Home(network.address(CLIENT))
+            swarm = LocalSwarm(SMOLLM2, ranges, dtype=DTYPE, homes=homes(network, STAGES), own_home=own_home)
+            await stack.enter_async_context(swarm)
+            clients = {
+                wire: await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE, wire=wire))
+                for wire in WIRES
+            }
+            prompt = (clients["none"].tokens("The sea is wide, and the ship is small. " * 300))[:PROMPT_TOKENS]
+            for number in range(2 if quick else 6):
+                told(f"ttft: round {number}")
+                for wire, client in clients.items():
+                    stats = Stats()
+                    async for _ in client.generator.stream(prompt, SamplingOptions(max_tokens=2), stats):
+                        pass
+                    if number:
+                        taken[wire].append(stats.ttft_ms)
+    medians = {wire: round(statistics.median(times), 1) for wire, times in taken.items()}
+    ratios = {wire: round(medians["none"] / median, 2) for wire, median in medians.items()}
+    return {"ttft_100mbit": medians, "ttft_100mbit_ratio": ratios}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
