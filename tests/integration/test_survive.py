@@ -86,7 +86,7 @@ async def test_a_killed_stage_with_a_warm_spare(tiny: str) -> None:
         Client.on(swarm.peer, source, dtype=DTYPE, warm_spares=True) as client,
     ):
         generator, prompt = client.generator, [token % 50 + 3 for token in range(240)]
-        options = SamplingOptions(max_tokens=600)  # not done before the spares are ready
+        options = SamplingOptions(max_tokens=2000)  # not done before the spares are ready
         undisturbed = [piece.token async for piece in generator.stream(prompt, options)]
         stats, tokens, gap_s = Stats(), [], 0.0
         stream = generator.stream(prompt, options, stats)

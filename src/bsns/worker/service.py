@@ -463,7 +463,8 @@ class Worker:
             keep = part.rows - known if forward else wanted
             rows += keep
             if keep:
-                buffers.append(output[memoryview(output).nbytes - keep * row_bytes :])
+                there = part.rows if forward or codec == RAW else part.wanted  # see run_coded
+                buffers.append(output[(there - keep) * row_bytes :])
         tensors = (coded("hidden", dtype, (rows, hidden), codec),)
         sessions = [work.session for work, _ in members]
         try:

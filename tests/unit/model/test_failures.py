@@ -80,7 +80,7 @@ def test_whoever_overwrites_the_file_changes_nothing_of_what_is_loaded(
 
 @pytest.mark.parametrize("where", ["_place", "_check"])
 def test_no_memory_for_a_stage(where: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Stage) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError(CPU)
 
     monkeypatch.setattr(stage.Stage, where, fail)
