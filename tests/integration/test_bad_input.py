@@ -197,6 +197,7 @@ class TestPrompt:
             ("--max-tokens", "0", "max_tokens"),
             ("--dtype", "int3", "bfloat16"),
             ("--threads", "0", "--threads"),
+            ("--threads", "2000", "--threads"),
         ],
     )
     def test_bad_option(self, command: Command, tiny: str, option: str, value: str, word: str) -> None:

@@ -100,7 +100,15 @@ def a_directory(file: Path) -> None:
     file.mkdir()
 
 
-DAMAGES = [cut, cut_short, empty, flip, nonsense, no_object, no_json, huge_header, a_directory]
+def no_sums(file: Path) -> None:
+    file.write_bytes(b"\x0e" + bytes(7) + b'{"sums": null}' + bytes(9000))
+
+
+def nested(file: Path) -> None:
+    file.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
+
+
+DAMAGES = [cut, cut_short, empty, flip, nonsense, no_object, no_json, no_sums, nested, huge_header, a_directory]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
