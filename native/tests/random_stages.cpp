@@ -191,8 +191,9 @@ struct Model {
             set(part.attention_bias, block.attention_norm_bias, normals(n, 0.1f));
             set(part.mlp_bias, block.mlp_norm_bias, normals(n, 0.1f));
         }
-        // of very few numbers a norm is hardly more than their signs, which a rounding may turn
-        if (chance(0.3) && shape.experts == 0 && shape.hidden >= FEW) {
+        // of very few numbers, or multiples of very few rows, a norm is hardly more than signs, which a rounding may turn
+        const bool many = shape.hidden >= FEW && inner >= FEW && H * D >= FEW;
+        if (chance(0.3) && shape.experts == 0 && many) {
             set(part.after_attention, block.after_attention_norm, norm_weight());
             set(part.after_mlp, block.after_mlp_norm, norm_weight());
         }
