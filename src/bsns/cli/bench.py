@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -72,10 +72,7 @@ def engine(
     async def verb() -> None:
         from bsns.bench.engine import FORMATS, MODELS, bench_engine
 
-        models, formats = model or list(MODELS), form or list(FORMATS)
-        for asked, known, what in ((models, MODELS, "model"), (formats, FORMATS, "format")):
-            if unknown := set(asked) - set(known):
-                raise BadOption(f"there is no {what} {sorted(unknown)[0]!r}; use {', '.join(known)}")
+        models, formats = _chosen("model", model, MODELS), _chosen("format", form, FORMATS)
         rounds, least_s = (1, 0.2) if quick else (5, 1.0)
         with reporting() as told:
             figures = await asyncio.to_thread(
@@ -108,9 +105,7 @@ def compress(
     async def verb() -> None:
         from bsns.bench.compress import PARTS, bench_compress
 
-        parts = part or list(PARTS)
-        if unknown := set(parts) - set(PARTS):
-            raise BadOption(f"there is no part {sorted(unknown)[0]!r}; use {', '.join(PARTS)}")
+        parts = _chosen("part", part, PARTS)
         with reporting() as told:
             figures = await bench_compress(parts, threads=threads, quick=quick, told=told)
         if as_json:
@@ -139,9 +134,7 @@ def plan(
     async def verb() -> None:
         from bsns.bench.plan import PARTS, bench_plan
 
-        parts = part or list(PARTS)
-        if unknown := set(parts) - set(PARTS):
-            raise BadOption(f"there is no part {sorted(unknown)[0]!r}; use {', '.join(PARTS)}")
+        parts = _chosen("part", part, PARTS)
         with doing("starting", quiet=as_json) as update:
             figures = await asyncio.to_thread(bench_plan, parts, quick=quick, told=update)
         if as_json:
@@ -248,6 +241,13 @@ def soak(
     run(verb(), as_json=as_json)
     if not passed:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _chosen(what: str, asked: list[str] | None, known: Collection[str]) -> list[str]:
+    """What was asked for, or all there is. Raises BadOption for what is not known."""
+    if unknown := set(asked or ()) - set(known):
+        raise BadOption(f"there is no {what} {sorted(unknown)[0]!r}; use {', '.join(known)}")
+    return asked or list(known)
 
 
 @contextlib.contextmanager

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from bsns.cli import local_swarm
 from bsns.cli.console import (
     Dtype,
     DtypeOption,
-    ExecutorName,
     ExecutorOption,
     JsonFlag,
     ModelArgument,
-    Quant,
     QuantOption,
-    Say,
     ThreadsOption,
     doing,
     emit,
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
     from bsns.evaluation.tasks.task import Item
     from bsns.model.source import ModelSource
     from bsns.node.client import Client
-    from bsns.node.local import LocalSwarm
 
 LOCAL = "local"
 DEADLINE_S = 120.0
@@ -124,8 +121,10 @@ def evaluate(
                 items = await asyncio.to_thread(_items, source, [name for name in names if name in TASKS], limit)
                 local = None
                 if swarm == LOCAL:
-                    local = await _start(source, model, nodes, dtype, executor, quant, threads, say)
-                    stack.push_async_callback(_take_down, local, quiet=as_json)
+                    local = await local_swarm.start(
+                        source, model, nodes, say, dtype=dtype, executor=executor, quant=quant, threads=threads
+                    )
+                    stack.push_async_callback(local_swarm.take_down, local, quiet=as_json)
                 say("joining the swarm")
                 client = await _join(local.peer.invite if local else swarm, model, dtype, threads, wire)
                 stack.push_async_callback(see_through, client.close())
@@ -133,7 +132,7 @@ def evaluate(
             work = _evaluate(
                 client, settings, members, names, items, limit, sessions=sessions, output=output, quiet=as_json
             )
-            results = await (_unless_lost(work, local) if local else work)
+            results = await (local_swarm.unless_lost(work, local) if local else work)
         if as_json:
             emit(results.summary())
         else:
@@ -196,42 +195,6 @@ def _items(source: ModelSource, names: Sequence[str], limit: int | None) -> dict
 
     encode = Prompts(source.path).encode
     return {name: TASKS[name].items(limit, encode) for name in names}
-
-
-async def _start(
-    source: ModelSource,
-    model: str,
-    nodes: int,
-    dtype: Dtype,
-    executor: ExecutorName,
-    quant: Quant,
-    threads: int,
-    say: Say,
-) -> LocalSwarm:
-    from bsns.node.local import LocalSwarm
-    from bsns.planning.joining import equal_split
-
-    if nodes > source.block_count:
-        raise BadOption(
-            f"{source.name} has {several(source.block_count, 'block')}, too few for {several(nodes, 'node')}; "
-            f"give --nodes 1 to {source.block_count}"
-        )
-    say(f"starting {several(nodes, 'node')}")
-    swarm = LocalSwarm(
-        model,
-        equal_split(source.block_count, nodes),
-        dtype=dtype,
-        threads=threads,
-        executor=executor,
-        quant=quant,
-        told=lambda number, what: say(f"node {number + 1} · {what}", line=number + 1),
-    )
-    return await swarm.__aenter__()
-
-
-async def _take_down(swarm: LocalSwarm, *, quiet: bool) -> None:
-    with doing("taking the swarm down", quiet=quiet):
-        await see_through(swarm.close())
 
 
 async def _join(invite: str, model: str, dtype: Dtype, threads: int, wire: str) -> Client:
@@ -331,20 +294,6 @@ def _say_how_to_go_on(journal: Journal) -> None:
         say_aside(f"{done} lost; with --output FILE.json they would be kept, and a run could go on where it was")
     else:
         say_aside(f"{done} kept in {journal.file}; the same command goes on from there")
-
-
-async def _unless_lost(work: Any, swarm: LocalSwarm) -> Any:
-    """See it through; where a node's process ends, nobody here takes over its blocks: say so at once."""
-    working, lost = asyncio.create_task(work), asyncio.create_task(swarm.lost())
-    try:
-        await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        working.cancel()
-        lost.cancel()
-        await asyncio.gather(working, lost, return_exceptions=True)
-    if working.cancelled():
-        raise lost.result()
-    return working.result()
 
 
 def _table(results: Results) -> Table:

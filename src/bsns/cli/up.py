@@ -7,7 +7,6 @@ import contextlib
 import os
 import shlex
 import statistics
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from bsns.cli import local_swarm
 from bsns.cli import routing_options as routing
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import (
@@ -30,7 +30,6 @@ from bsns.cli.console import (
     err,
     out,
     run,
-    see_through,
 )
 from bsns.core.errors import BadOption
 from bsns.core.ids import short_names
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from bsns.client.sampling import SamplingOptions
     from bsns.model.source import ModelSource
     from bsns.node.client import Client
-    from bsns.node.local import LocalSwarm
     from bsns.node.view import NodeStatus
 
 
@@ -101,8 +99,6 @@ def up(
                 from bsns.model.source import resolve
                 from bsns.node.client import Client
                 from bsns.node.leash import watch_parent
-                from bsns.node.local import LocalSwarm
-                from bsns.planning.joining import equal_split
 
                 options = SamplingOptions(
                     temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
@@ -111,15 +107,11 @@ def up(
                 stack.callback(watching.cancel)
                 say("looking at the model")
                 source = await asyncio.to_thread(resolve, model, progress=say)
-                if nodes > source.block_count:
-                    raise BadOption(
-                        f"{source.name} has {several(source.block_count, 'block')}, too few for "
-                        f"{several(nodes, 'node')}; give --nodes 1 to {source.block_count}"
-                    )
-                say(f"starting {several(nodes, 'node')}")
-                swarm = LocalSwarm(
+                swarm = await local_swarm.start(
+                    source,
                     model,
-                    equal_split(source.block_count, nodes),
+                    nodes,
+                    say,
                     dtype=dtype,
                     device=device,
                     threads=threads or _threads(source, device, executor, quant),
@@ -127,10 +119,8 @@ def up(
                     quant=quant,
                     kv=kv,
                     movable=True,
-                    told=lambda number, what: say(f"node {number + 1} · {what}", line=number + 1),
                 )
-                await swarm.__aenter__()
-                stack.push_async_callback(_take_down, swarm, quiet=as_json)
+                stack.push_async_callback(local_swarm.take_down, swarm, quiet=as_json)
                 say("opening the model's ends")
                 client = Client.on(swarm.peer, source, dtype=dtype, warm_spares=warm_spares, wire=wire)
                 await stack.enter_async_context(client)
@@ -152,7 +142,7 @@ def up(
                 await converse(client, options)
             elif prompt is not None:
                 answering = answer(client, prompt, options, raw=raw, as_json=as_json, forecast=forecast)
-                await _unless_lost(answering, swarm)
+                await local_swarm.unless_lost(answering, swarm)
             else:
                 if as_json:
                     emit({"event": "serving", "invite": swarm.peer.invite} | forecast.as_dict())
@@ -164,20 +154,6 @@ def up(
                 raise await swarm.lost()
 
     run(verb(), as_json=as_json)
-
-
-async def _unless_lost(answering: Coroutine[Any, Any, None], swarm: LocalSwarm) -> None:
-    """See an answer through; where a node's process ends, nobody here takes over its blocks: say so at once."""
-    answered, lost = asyncio.create_task(answering), asyncio.create_task(swarm.lost())
-    try:
-        await asyncio.wait((answered, lost), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        answered.cancel()
-        lost.cancel()
-        await asyncio.gather(answered, lost, return_exceptions=True)
-    if answered.cancelled():
-        raise lost.result()
-    answered.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +179,6 @@ async def _forecast(client: Client, source: ModelSource) -> Forecast:
     return Forecast(
         together if together is not None else trial.tokens_per_s, alone_tokens_per_s(snapshot, shape, trial.client_s)
     )
-
-
-async def _take_down(swarm: LocalSwarm, *, quiet: bool) -> None:
-    with doing("taking the swarm down", quiet=quiet):
-        await see_through(swarm.close())
 
 
 def _threads(source: ModelSource, device: str, executor: str, quant: str) -> int:

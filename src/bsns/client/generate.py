@@ -191,7 +191,7 @@ class Generator:
         max_tokens = min(options.max_tokens, room)
         started_s = first_s = self._clock.now_s()
         session = await self._open(len(tokens) + max_tokens)
-        end_tokens, codec = self.prompts.end_tokens, session.codecs[0]
+        end_tokens, codec = self.prompts.end_tokens, session.takes
         answer = Answer(session.id, options, end_tokens, list(tokens), len(tokens), max_tokens, codec)
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
         reader = self._readers[session.id] = Reader(session, answer.tokens, answer)
@@ -355,7 +355,7 @@ class Generator:
             link = reader.session.first
             while (start := reader.sent) < (goal := reader.goal) and reader.session.first is link:
                 end = min(start + CHUNK_ROWS, goal)
-                codec = reader.session.codecs[0]
+                codec = reader.session.takes
                 hidden = await self._decoder.embed(reader.tokens[start:end], start, codec)
                 if reader.session.first is not link:
                     return  # whoever put another in its place begins again
@@ -375,7 +375,7 @@ class Generator:
 
     async def _send_rows(self, reader: Reader, link: Link, start: int, end: int) -> None:
         """Send a reader's tokens to a node that computes them along. Raises PeerLost, PeerTimedOut."""
-        codec = reader.session.codecs[0]
+        codec = reader.session.takes
         hidden = await self._decoder.embed(reader.tokens[start:end], start, codec)
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -451,7 +451,7 @@ class Generator:
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
             row_bytes = CODECS[codec].row_bytes(self._hidden_size, self._dtype)
-            if codec != reader.session.codecs[-1] or hidden.nbytes != part.wanted * row_bytes:
+            if codec != reader.session.brings or hidden.nbytes != part.wanted * row_bytes:
                 raise BadTensor(f"{peer} answered session {part.session} with rows of another codec or size")
             if part.wanted != reader.wanted or end != goal:  # a stage before it may have asked for them
                 problem = f"{part.wanted} rows up to {end} came back in place of {reader.wanted} up to {goal}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import secrets
 from collections.abc import Callable, Sequence
 
@@ -45,8 +44,9 @@ class Session:
         self._model = model
         self._dtype = dtype
         self._choose_codec = choose_codec
-        self.codecs = codecs_of(route, choose_codec)
-        """Of what comes to each stage, and last of what comes back."""
+        self._codecs: dict[int, str] = {}
+        """By the block they come before: chosen when a route first parts there, and kept, so that whoever takes a lost
+        stage's place computes from the same numbers."""
         self._taking: Route = ()
         """A route that is being turned to: its last stage may answer before the others say that they are ready."""
         self._open: list[Link] = []
@@ -65,6 +65,25 @@ class Session:
         """One to each stage, in their order."""
         return tuple(self._open)
 
+    @property
+    def takes(self) -> str:
+        """The codec of what enters the route."""
+        return self._codec(self.route, 0)
+
+    @property
+    def brings(self) -> str:
+        """The codec of what comes back."""
+        return self._codec(self.route, len(self.route))
+
+    def _codec(self, route: Route, index: int) -> str:
+        """Of what comes to a stage of a route, or after its last from there."""
+        before, after = (route[index - 1] if index else None), (route[index] if index < len(route) else None)
+        block = after.blocks.start if after is not None else route[-1].blocks.end
+        if block not in self._codecs:
+            sender, receiver = (hop.peer if hop is not None else None for hop in (before, after))
+            self._codecs[block] = self._choose_codec(sender, receiver)
+        return self._codecs[block]
+
     async def open(self, deadline_s: float = 10.0, *, in_line: bool = False) -> None:
         """Open the session on every stage. Raises the first stage's error; nothing stays open then.
 
@@ -76,7 +95,7 @@ class Session:
         opened: list[Link] = []
         try:
             for stages in parts:
-                opened += await self._open_all(self.route, self.codecs, stages, deadline_s, lambda _: 0, waits=in_line)
+                opened += await self._open_all(self.route, stages, deadline_s, lambda _: 0, waits=in_line)
         except BaseException:
             self.take_back(opened)
             raise
@@ -86,14 +105,12 @@ class Session:
         """Open the session on a spare for the stages [start, end), which computes along and passes nothing on. Raises
         as `open` does."""
         route = (*self.route[:start], hop, *self.route[end:])
-        codecs = (*self.codecs[: start + 1], *self.codecs[end:])
-        (link,) = await self._open_all(route, codecs, range(start, start + 1), deadline_s, lambda _: self.max_tokens)
+        (link,) = await self._open_all(route, range(start, start + 1), deadline_s, lambda _: self.max_tokens)
         return link
 
     async def _open_all(
         self,
         route: Route,
-        codecs: Sequence[str],
         stages: range,
         deadline_s: float,
         passes_from: Callable[[int], int],
@@ -102,7 +119,7 @@ class Session:
     ) -> list[Link]:
         asked: list[Link] = []
         try:
-            requests = [self._request(route, codecs, index, passes_from(index), waits) for index in stages]
+            requests = [self._request(route, index, passes_from(index), waits) for index in stages]
             return await self._ask_all(route, stages, deadline_s, requests, asked)
         except BaseException:
             self.take_back(asked)
@@ -133,13 +150,10 @@ class Session:
 
         They get everything that the stage before them has sent, and pass on what comes at `passes_from` or after.
         `warm`: the link to the only one of them, if it is a spare that has computed along; it gets what it lacks. Of
-        the first stages' place nothing is sent here: the caller replays. Who stays sends and takes what it did before,
-        in the same codecs. Raises what the new stages or their neighbours
+        the first stages' place nothing is sent here: the caller replays. Raises what the new stages or their neighbours
         answer, blaming them; the route is as it was then.
         """
         route = (*self.route[:start], *hops, *self.route[end:])
-        between = codecs_of(hops, self._choose_codec)[1:-1]
-        codecs = (*self.codecs[: start + 1], *between, *self.codecs[end:])
         old = self._open[start:end]
         taking = {hop.peer for hop in hops}
         self.take_back([link for link in old if link.peer in taking])  # it begins again
@@ -152,7 +166,6 @@ class Session:
             else:
                 opened = await self._open_all(
                     route,
-                    codecs,
                     range(start, last + 1),
                     deadline_s,
                     lambda index: passes_from if index == last else 0,
@@ -175,7 +188,7 @@ class Session:
             raise
         finally:
             self._taking = ()
-        self.route, self.codecs, self._open = route, codecs, links
+        self.route, self._open = route, links
         self.take_back([link for link in old if link.peer not in taking])
 
     async def lead_spare(self, link: Link, start: int, end: int, deadline_s: float) -> None:
@@ -222,7 +235,7 @@ class Session:
             named.peer = error.peer if error.peer in known else hop.peer
             raise named from None
 
-    def _request(self, route: Route, codecs: Sequence[str], index: int, passes_from: int, waits: bool) -> Open:
+    def _request(self, route: Route, index: int, passes_from: int, waits: bool) -> Open:
         hop = route[index]
         before, after = neighbours(route, index)
         return Open(
@@ -237,8 +250,8 @@ class Session:
             next_addresses=after.addresses if after else (),
             previous_peer=before.peer if before else None,
             passes_from=passes_from,
-            takes=codecs[index],
-            gives=codecs[index + 1],
+            takes=self._codec(route, index),
+            gives=self._codec(route, index + 1),
             waits=waits,
         )
 
@@ -253,12 +266,6 @@ class Session:
                 log.info("a node did not confirm the end of a session", error=outcome.message)
             elif isinstance(outcome, BaseException):
                 raise outcome
-
-
-def codecs_of(route: Route, choose: ChooseCodec) -> tuple[str, ...]:
-    """The codec of what comes to each stage, and last of what the last one sends back."""
-    peers = [None, *(hop.peer for hop in route), None]
-    return tuple(choose(sender, receiver) for sender, receiver in itertools.pairwise(peers))
 
 
 def neighbours(route: Route, start: int, end: int | None = None) -> tuple[Hop | None, Hop | None]:

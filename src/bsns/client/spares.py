@@ -48,8 +48,6 @@ class Spare:
     hop: Hop
     between: Between
     """Its neighbours, as it has been told."""
-    codecs: tuple[str, str]
-    """Of what comes to it and of what it is to send on: those of the stages it can take the place of."""
     link: Link | None = None
     """Once the session is open there."""
     leading: bool = False
@@ -108,8 +106,7 @@ class Spares:
             return None
         for spare in held.spares.values():
             ready = spare.link is not None and spare.link.lost is None and not spare.leading
-            fits = _place(reader, spare) == (start, end) and _codecs(reader, start, end) == spare.codecs
-            if ready and fits and spare.hop.peer not in {hop.peer for hop in route}:
+            if ready and _place(reader, spare) == (start, end) and spare.hop.peer not in {hop.peer for hop in route}:
                 del held.spares[spare.hop.peer]
                 _stop_feeding(spare)
                 return spare
@@ -182,9 +179,7 @@ class Spares:
         work: list[tuple[Spare, Callable[[], Coroutine[Any, Any, None]]]] = []
         for spare in list(held.spares.values()):
             place = _place(reader, spare)
-            # stages that were replaced together may have another codec between them
-            stale = place is None or _codecs(reader, *place) != spare.codecs
-            if place is None or stale or spare.hop.peer in {hop.peer for hop in route}:
+            if place is None or spare.hop.peer in {hop.peer for hop in route}:
                 self._drop(reader, held, spare)
             elif spare.between != _between(reader, *place):
                 work.append((spare, partial(self._lead, reader, held, spare, *place)))
@@ -220,7 +215,7 @@ class Spares:
         if len(hops) != 1:
             self._release(hops)
             return None
-        spare = Spare(hops[0], _between(reader, index, index + 1), _codecs(reader, index, index + 1))
+        spare = Spare(hops[0], _between(reader, index, index + 1))
         held.spares[spare.hop.peer] = spare
         held.had.add(spare.hop.peer)
         return spare
@@ -228,7 +223,6 @@ class Spares:
     async def _enlist(self, reader: Reader, held: _Held, spare: Spare, index: int) -> None:
         """Open the session on a spare, and have it sent what the stage gets."""
         session = reader.session
-        spare.codecs = _codecs(reader, index, index + 1)
         link = await session.open_spare(index, index + 1, spare.hop, ANSWER_S)
         if held.spares.get(spare.hop.peer) is not spare:
             session.take_back([link])
@@ -324,11 +318,6 @@ def _place(reader: Reader, spare: Spare) -> tuple[int, int] | None:
     ends = {hop.blocks.end: index + 1 for index, hop in enumerate(reader.session.route)}
     start, end = starts.get(spare.hop.blocks.start), ends.get(spare.hop.blocks.end)
     return (start, end) if start is not None and end is not None else None
-
-
-def _codecs(reader: Reader, start: int, end: int) -> tuple[str, str]:
-    """Of what comes to the stages [start, end), and of what they send on."""
-    return reader.session.codecs[start], reader.session.codecs[end]
 
 
 def _between(reader: Reader, start: int, end: int) -> Between:

@@ -35,13 +35,13 @@ class KVCache:
 
     def write(self, layer: int, position: int, kv_21HND: torch.Tensor) -> None:
         """Keep a layer's keys and values of N tokens, the first at `position`."""
-        self.slab(layer, kv_21HND[0]).narrow(3, position, kv_21HND.shape[3]).copy_(kv_21HND)
+        self._slab(layer, kv_21HND[0]).narrow(3, position, kv_21HND.shape[3]).copy_(kv_21HND)
 
     def read(self, layer: int, start: int, end: int) -> tuple[torch.Tensor, ...]:
         """A layer's keys and values (1, heads, end - start, head size), as attention computes with them."""
         return self._slabs[layer].narrow(3, start, end - start).unbind(0)
 
-    def slab(self, layer: int, k_1HND: torch.Tensor) -> torch.Tensor:
+    def _slab(self, layer: int, k_1HND: torch.Tensor) -> torch.Tensor:
         """The layer's slab; `k_1HND` shows what its keys look like when it is made."""
         slab = self._slabs.get(layer)
         if slab is None:

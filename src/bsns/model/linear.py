@@ -6,6 +6,8 @@ oneDNN reads a weight fastest in its own blocked layout; packing it once at load
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -39,15 +41,21 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack_linears(root: nn.Module) -> int:
-    """Replace every linear layer below `root` by a packed one, one at a time, and say how many there were."""
-    packed = 0
+    """Replace every linear layer below `root` by a packed one, and say how many there were."""
+    return replace_linears(root, PackedLinear)
+
+
+def replace_linears(root: nn.Module, make: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]) -> int:
+    """Replace every linear layer below `root` by what `make` gives for its weight (outputs, inputs) and bias, one at a
+    time, and say how many there were."""
+    replaced = 0
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child.weight, child.bias))
+                setattr(parent, name, make(child.weight, child.bias))
             elif type(child) is Conv1D:  # GPT-2 keeps its weights transposed
-                setattr(parent, name, PackedLinear(child.weight.t(), child.bias))  # type: ignore[operator, arg-type]
+                setattr(parent, name, make(child.weight.t(), child.bias))  # type: ignore[operator, arg-type]
             else:
                 continue
-            packed += 1
-    return packed
+            replaced += 1
+    return replaced

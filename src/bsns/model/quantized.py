@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from bsns.core.errors import CorruptModel, UnsupportedModel
+from bsns.model.linear import replace_linears
 
 OUTLIER = 6.0
 """Activations of at least this size are kept out of int8."""
@@ -35,7 +35,11 @@ class Int8Linear(nn.Module):
         is_outlier_NI = x_NI.abs() >= OUTLIER
         columns = is_outlier_NI.any(0).nonzero().squeeze(1)
         codes_NI, scales_N1 = _codes(x_NI.masked_fill(is_outlier_NI, 0.0) if len(columns) else x_NI)
-        y_NO = torch._int_mm(codes_NI, self._codes_OI.t()).float() * scales_N1 * self._scales_O
+        if self.in_features > 1:
+            products_NO = torch._int_mm(codes_NI, self._codes_OI.t())
+        else:  # of a single column torch's product is wrong
+            products_NO = codes_NI.int() * self._codes_OI.t().int()
+        y_NO = products_NO.float() * scales_N1 * self._scales_O
         if len(columns):
             outliers_NC = (x_NI * is_outlier_NI)[:, columns]
             y_NO += outliers_NC @ self._codes_OI[:, columns].float().t() * self._scales_O
@@ -52,20 +56,10 @@ def _codes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_linears(root: nn.Module) -> int:
-    """Replace every linear layer below `root` by one in int8, one at a time, and say how many there were.
+    """Replace every linear layer below `root` by one in int8, and say how many there were.
 
     Raises CorruptModel, and UnsupportedModel for experts, which the library keeps in tensors of three dimensions.
     """
     if any(parameter.dim() > 2 for parameter in root.parameters()):
         raise UnsupportedModel("the torch executor keeps no experts in int8; leave out --quant")
-    done = 0
-    for parent in list(root.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.in_features > 1:  # of a single column torch's product is wrong
-                setattr(parent, name, Int8Linear(child.weight, child.bias))
-            elif type(child) is Conv1D:  # GPT-2 keeps its weights transposed
-                setattr(parent, name, Int8Linear(child.weight.t(), child.bias))  # type: ignore[operator, arg-type]
-            else:
-                continue
-            done += 1
-    return done
+    return replace_linears(root, Int8Linear)

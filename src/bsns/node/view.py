@@ -94,6 +94,10 @@ class View:
             self._read_s = self._clock.now_s()
         return self._records
 
+    def last_read(self) -> list[NodeRecord]:
+        """The model's nodes, however long ago that was."""
+        return self._records
+
     def snapshot(self) -> Snapshot:
         """The records last read, with our own round trips."""
         return snapshot(self._records, self._clock.unix_s(), self._ways())

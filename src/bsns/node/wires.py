@@ -87,7 +87,8 @@ class Wires:
         return 0.0 if round_trip_s is not None and round_trip_s > FAR_S else None
 
     async def _ends_here(self) -> Sequence[NodeRecord]:
-        return [record for record in await self._view.records() if record.peer in self._ends]
+        """As they were last read: who asks for no route needs no news."""
+        return [record for record in self._view.last_read() if record.peer in self._ends]
 
 
 @functools.cache

@@ -19,8 +19,8 @@ Coded = dict[int, Buffer | NotFinite]
 
 
 def run_coded(executor: Executor, batch: Batch) -> list[Buffer | BsnsError]:
-    """Run a batch; for each of its works the rows to send on, in its session's codec: all of them, or, of a last stage
-    with a codec, those that are wanted.
+    """Run a batch; for each of its works the rows to send on, in its session's codec: all of them, or of a last stage
+    those that are wanted.
 
     In a work's place stands what is wrong, where its numbers cannot be coded: the others are not concerned. Raises what
     the executor does.
@@ -33,12 +33,9 @@ def run_coded(executor: Executor, batch: Batch) -> list[Buffer | BsnsError]:
             refused.add(n)
             decoded = bytes(works[n].part.rows * _row_bytes(executor))  # computed for nobody
         works[n].hidden = decoded
-    outputs: list[Buffer | BsnsError] = [*executor.run(batch)]
-    goes = {
-        n: (work.session.gives, _sent(work, outputs[n], executor))
-        for n, work in enumerate(works)
-        if work.session.gives != RAW
-    }
+    sent = [_sent(work, output, executor) for work, output in zip(works, executor.run(batch), strict=True)]
+    outputs: list[Buffer | BsnsError] = [*sent]
+    goes = {n: (work.session.gives, sent[n]) for n, work in enumerate(works) if work.session.gives != RAW}
     for n, encoded in _coded(encode, goes, executor).items():
         if isinstance(encoded, NotFinite):
             outputs[n] = _fault(executor, batch, works[n])
@@ -53,13 +50,11 @@ def _row_bytes(executor: Executor) -> int:
     return CODECS[RAW].row_bytes(executor.hidden_size, executor.dtype)
 
 
-def _sent(work: Work, output: Buffer | BsnsError, executor: Executor) -> Buffer:
+def _sent(work: Work, output: memoryview, executor: Executor) -> memoryview:
     """The rows of an output that leave the node."""
-    assert not isinstance(output, BsnsError)
     if work.session.next is not None:
         return output
-    whole = memoryview(output)
-    return whole[whole.nbytes - work.part.wanted * _row_bytes(executor) :]
+    return output[(work.part.rows - work.part.wanted) * _row_bytes(executor) :]
 
 
 def _coded(code: Code, items: Mapping[int, tuple[str, Buffer]], executor: Executor) -> Coded:
@@ -76,8 +71,9 @@ def _coded(code: Code, items: Mapping[int, tuple[str, Buffer]], executor: Execut
         except NotFinite as error:
             if len(members) == 1:
                 found[members[0]] = error
-            for n in members if len(members) > 1 else ():
-                found |= _coded(code, {n: items[n]}, executor)
+            else:
+                for n in members:
+                    found |= _coded(code, {n: items[n]}, executor)
             continue
         given = sum(piece.nbytes for piece in pieces)
         start = 0

@@ -463,7 +463,7 @@ class Worker:
             keep = part.rows - known if forward else wanted
             rows += keep
             if keep:
-                there = part.rows if forward or codec == RAW else part.wanted  # see run_coded
+                there = part.rows if forward else part.wanted
                 buffers.append(output[(there - keep) * row_bytes :])
         tensors = (coded("hidden", dtype, (rows, hidden), codec),)
         sessions = [work.session for work, _ in members]

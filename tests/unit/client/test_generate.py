@@ -30,6 +30,7 @@ from bsns.core.errors import (
     SwarmError,
 )
 from bsns.core.ids import PeerId
+from bsns.protocol.codecs import coded
 from bsns.protocol.inference import Close, Closed, Open, Opened, Part, Result, Step
 from bsns.protocol.tensors import TensorSpec
 from bsns.routing.chain import Hop, Route
@@ -318,8 +319,12 @@ async def test_logits_beside_answers(scene: Scene) -> None:
     await scene.freed()
 
 
-@pytest.mark.parametrize("shape", [(1, 16), (1, 64), (2, 32)])
-async def test_a_stage_whose_results_have_another_size_is_replaced(scene: Scene, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "codec"), [((1, 16), "raw"), ((1, 64), "raw"), ((2, 32), "raw"), ((1, 32), "int8"), ((1, 32), "bf16")]
+)
+async def test_a_stage_whose_results_have_another_size_or_codec_is_replaced(
+    scene: Scene, shape: tuple[int, int], codec: str
+) -> None:
     """A last stage that lies about its rows, beside one that does not."""
     await scene.start()
     liar = scene.swarm.network.transport("liar")
@@ -331,7 +336,7 @@ async def test_a_stage_whose_results_have_another_size_is_replaced(scene: Scene,
                 await stream.send(Opened(message.session, 1))
             elif isinstance(message, Step):
                 (part,) = message.parts
-                spec = TensorSpec.raw("hidden", "float32", shape)
+                spec = coded("hidden", "float32", shape, codec)
                 lied = Part(part.session, part.position, part.rows, shape[0])
                 await stream.send(Result((lied,), (spec,)), [bytes(spec.nbytes)])
             elif isinstance(message, Close):

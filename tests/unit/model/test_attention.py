@@ -122,10 +122,9 @@ def test_writing_again_at_an_earlier_position(heads: int, key_heads: int, rows: 
 
 def test_layers_do_not_share_their_slabs() -> None:
     cache = KVCache(2)
-    zeros, ones = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4)
-    cache.slab(0, zeros).zero_()
-    cache.slab(1, ones).fill_(1)
-    keys, values = cache.slab(0, zeros).unbind(0)
+    cache.write(0, 0, torch.zeros(2, 1, 1, 2, 4))
+    cache.write(1, 0, torch.ones(2, 1, 1, 2, 4))
+    keys, values = cache.read(0, 0, 2)
     assert keys.shape == values.shape == (1, 1, 2, 4)
     assert float(keys.abs().sum() + values.abs().sum()) == 0.0
 

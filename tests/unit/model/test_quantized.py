@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from bsns.core.errors import CorruptModel, UnsupportedModel
-from bsns.model.quantized import Int8Linear, quantize_linears
+from bsns.model.quantized import OUTLIER, Int8Linear, quantize_linears
+from bsns.native import stage as native
 
 torch.set_num_threads(1)
 
@@ -54,6 +55,13 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 
 @torch.inference_mode()
+def test_a_single_column() -> None:
+    weight = torch.randn(5, 1, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 1, generator=torch.Generator().manual_seed(1))
+    assert error(Int8Linear(weight, None)(x), x @ weight.t()) < 0.01
+
+
+@torch.inference_mode()
 def test_zeros_and_what_is_no_number() -> None:
     short = Int8Linear(torch.zeros(4, 8), None)
     assert not bool(short(torch.zeros(2, 8)).any())
@@ -69,6 +77,10 @@ def test_every_linear_layer_is_replaced_and_half_the_size() -> None:
     assert isinstance(stack[0], Int8Linear)
     assert stack[0]._codes_OI.dtype == torch.int8
     assert not list(stack.parameters())
+
+
+def test_outliers_begin_where_they_do_natively() -> None:
+    assert OUTLIER == native.OUTLIER
 
 
 def test_experts_are_refused() -> None:

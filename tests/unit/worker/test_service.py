@@ -265,6 +265,15 @@ WRONG_FRAMES: dict[str, tuple[str, tuple[Message, bytes]]] = {
     "short body": ("BadTensor", step_with(TensorSpec.raw("hidden", "float32", (1, HIDDEN)), bytes(12), ONE)),
     "long body": ("BadTensor", step_with(TensorSpec.raw("hidden", "float32", (1, HIDDEN)), bytes(17), ONE)),
     "negative shape": ("BadTensor", step_with(TensorSpec("hidden", "float32", (-1, -4), 16), bytes(16), ONE)),
+    "of another length than its codec's": (
+        "BadTensor",
+        step_with(TensorSpec("hidden", "float32", (1, HIDDEN), 16, "int8"), bytes(16), ONE),
+    ),
+    "wrong rank for a codec": ("BadTensor", step_with(TensorSpec("hidden", "float32", (4,), 6, "int8"), bytes(6), ONE)),
+    "numbers no codec takes": (
+        "BadTensor",
+        step_with(TensorSpec("hidden", "int64", (1, HIDDEN), 6, "int8"), bytes(6), ONE),
+    ),
     "no parts": ("BadFrame", (Step((), (TensorSpec.raw("hidden", "float32", (0, HIDDEN)),)), b"")),
     "no rows": (
         "BadFrame",
@@ -305,6 +314,35 @@ async def test_wrong_frames_are_refused_and_end_the_stream(bench: Bench, name: s
     assert bench.executors["n"].open_sessions == set()
     assert bench.executors["n"].batches == []
     assert await serves(bench, node)
+
+
+@pytest.mark.parametrize("changes", [{"takes": "zip"}, {"gives": "x" * 5000}])
+async def test_codecs_that_a_stage_does_not_know(bench: Bench, changes: dict[str, str]) -> None:
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    answer = await caller.ask(opening(node, **changes))
+    assert isinstance(answer, Failure)
+    assert answer.code == "NotHere"
+    assert "this node knows codecs raw, bf16, int8" in answer.message
+    assert len(answer.message) < 200
+    assert await serves(bench, node)
+
+
+async def test_a_step_in_another_codec_than_its_session_was_opened_with(bench: Bench) -> None:
+    """It is refused, and the stream's other sessions go on."""
+    node = await bench.node("n")
+    caller = await bench.call(node)
+    assert isinstance(await caller.ask(opening(node, takes="int8")), Opened)
+    assert isinstance(await caller.ask(opening(node, session=2)), Opened)
+    await caller.step(0, 1)
+    failure = await caller.failure()
+    assert (failure.session, failure.code, failure.about) == (1, "BadFrame", None)
+    assert "a step in raw for a session that was opened with int8" in failure.message
+    await caller.step(0, 1, session=2)
+    result, values = await caller.result()
+    assert result.parts[0].session == 2
+    assert values.tolist() == [[1.0] * HIDDEN]
+    assert await caller.far(SessionId(1)) == (0, 0)
 
 
 @pytest.mark.parametrize(
