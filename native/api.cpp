@@ -120,6 +120,21 @@ const char *codec_flaw(const Kernels &kernels, int32_t codec, int64_t rows, int3
     return nullptr;
 }
 
+// Check, then encode or decode: `call` says which row is the first that cannot be taken, and `flaw` what is wrong with it.
+template <typename Call>
+bsns_status coded(
+    int32_t codec, int64_t rows, int32_t columns, int32_t kind, int64_t row_bytes, int64_t *bad_row, const char *flaw, const Call &call
+) {
+    return guarded([&] {
+        static const Kernels *const kernels = best_kernels();
+        if (const char *mistake = codec_flaw(*kernels, codec, rows, columns, kind, row_bytes))
+            return fail(BSNS_BAD_ARGUMENT, "%s", mistake);
+        std::vector<float> row(static_cast<size_t>(columns));
+        *bad_row = call(*kernels, row.data());
+        return *bad_row < 0 ? BSNS_OK : fail(BSNS_NOT_FINITE, "%s", flaw);
+    });
+}
+
 Stage *stage_of(bsns_stage *stage) { return reinterpret_cast<Stage *>(stage); }
 const Stage *stage_of(const bsns_stage *stage) { return reinterpret_cast<const Stage *>(stage); }
 
@@ -307,26 +322,20 @@ bsns_status bsns_encode(
     int32_t codec, int64_t rows, int32_t columns, int32_t kind, const void *source, void *target, int64_t row_bytes,
     int64_t *bad_row
 ) {
-    return guarded([&] {
-        static const Kernels *const kernels = best_kernels();
-        if (const char *flaw = codec_flaw(*kernels, codec, rows, columns, kind, row_bytes)) return fail(BSNS_BAD_ARGUMENT, "%s", flaw);
-        std::vector<float> row(static_cast<size_t>(columns));
-        *bad_row = kernels->encode(codec, rows, columns, kind, source, static_cast<uint8_t *>(target), row.data());
-        return *bad_row < 0 ? BSNS_OK : fail(BSNS_NOT_FINITE, "activations that are not finite");
-    });
+    const auto encode = [&](const Kernels &kernels, float *row) {
+        return kernels.encode(codec, rows, columns, kind, source, static_cast<uint8_t *>(target), row);
+    };
+    return coded(codec, rows, columns, kind, row_bytes, bad_row, "activations that are not finite", encode);
 }
 
 bsns_status bsns_decode(
     int32_t codec, int64_t rows, int32_t columns, int32_t kind, const void *source, void *target, int64_t row_bytes,
     int64_t *bad_row
 ) {
-    return guarded([&] {
-        static const Kernels *const kernels = best_kernels();
-        if (const char *flaw = codec_flaw(*kernels, codec, rows, columns, kind, row_bytes)) return fail(BSNS_BAD_ARGUMENT, "%s", flaw);
-        std::vector<float> row(static_cast<size_t>(columns));
-        *bad_row = kernels->decode(codec, rows, columns, kind, static_cast<const uint8_t *>(source), target, row.data());
-        return *bad_row < 0 ? BSNS_OK : fail(BSNS_NOT_FINITE, "scales that are not finite");
-    });
+    const auto decode = [&](const Kernels &kernels, float *row) {
+        return kernels.decode(codec, rows, columns, kind, static_cast<const uint8_t *>(source), target, row);
+    };
+    return coded(codec, rows, columns, kind, row_bytes, bad_row, "scales that are not finite", decode);
 }
 
 bsns_status bsns_read_bandwidth(bsns_pool *pool, int64_t bytes, double seconds, double *bytes_per_s) {
