@@ -55,6 +55,8 @@ UNREACHED_S = 6.0
 AGAIN_S = 0.5
 """Whom a node could not dial once, for it was just coming up, it does not dial again for 5 s (libp2p's backoff)."""
 
+PASSING = (PeerUnreachable, PeerLost, PeerTimedOut)
+"""What a node that is there may look like for a moment: coming up, or busier than it ever was."""
 OPEN_S = 5.0
 """What one attempt to open a session may take: then whoever did not answer is avoided in the next."""
 LEAST_S = 3.0
@@ -286,7 +288,7 @@ class Generator:
 
     async def _open_somewhere(self, max_tokens: int, give_up_s: float, *, in_line: bool = False) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
-        after `give_up_s`. Where somebody cannot be reached and nobody else is left, all are tried again for a while.
+        after `give_up_s`. Where somebody was silent and nobody else is left, all are tried again for a while.
 
         `in_line`: stages that announced that they are full are asked too, for that may be over.
         """
@@ -302,7 +304,7 @@ class Generator:
                         raise
                     route = await self._find_route(0, avoid, None, False)
             except (SwarmError, PeerError) as error:
-                if isinstance(refusal, PeerUnreachable) and self._clock.now_s() - began_s < UNREACHED_S:
+                if isinstance(refusal, PASSING) and self._clock.now_s() - began_s < UNREACHED_S:
                     avoid.clear()
                     await asyncio.sleep(AGAIN_S)
                     continue

@@ -430,3 +430,21 @@ async def test_a_node_that_another_cannot_reach_at_all_is_an_error_within_second
     with pytest.raises(PeerUnreachable):
         await answer(client, prompt(8), SamplingOptions(max_tokens=4))
     await scene.freed()
+
+
+async def test_a_node_that_is_silent_for_a_moment_and_the_only_one_is_asked_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "OPEN_S", 0.1)
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    usual = await answer(client, prompt(8), SamplingOptions(max_tokens=4))
+    peer = next(iter(scene.swarm.nodes.values())).hop.peer
+    scene.swarm.network.freeze(peer)
+    asked = asyncio.create_task(answer(client, prompt(8), SamplingOptions(max_tokens=4)))
+    await asyncio.sleep(0.3)
+    assert not asked.done()
+    scene.swarm.network.sound(peer)
+    assert await asked == usual
+    await scene.freed()
