@@ -13,7 +13,7 @@ import typer
 
 from bsns.cli.console import Dtype, JsonFlag, Say, chosen_invite, doing, emit, parse_seconds, run, say_aside
 from bsns.cli.files import is_shape_file, read_file, read_shape, write_file
-from bsns.cli.plan_table import as_dict, show
+from bsns.cli.plan_table import as_dict, footprints, show
 from bsns.cli.routing_options import WEIGHTS_HELP
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.plan import LEAST_CACHE_TOKENS, Objective, Plan
@@ -117,10 +117,11 @@ def plan(
             if svg is not None:
                 say("drawing")
                 await asyncio.to_thread(_draw, made, seen, shape, svg)
+        memory = footprints(made, seen, shape, cache_tokens)
         if as_json:
-            emit(as_dict(made, present))
+            emit(as_dict(made, present, memory))
         else:
-            show(made, seen, present)
+            show(made, seen, present, memory)
 
     run(verb(), as_json=as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,10 +11,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bsns.cli.console import out, tell
+from bsns.core.blocks import BlockRange
 from bsns.core.ids import PeerId, short_names
+from bsns.core.memory import MemoryUse
 from bsns.core.plan import ONE_NODE, Alternative, Plan
-from bsns.core.snapshot import Snapshot
-from bsns.core.words import several
+from bsns.core.snapshot import ModelShape, NodeView, Snapshot
+from bsns.core.words import several, size
+from bsns.planning.memory import stage_memory
 
 if TYPE_CHECKING:
     from bsns.cli.plan import Present
@@ -23,12 +27,32 @@ PROVEN = 1e-4
 """A gap below this is a rounding of the proof's."""
 
 
-def show(plan: Plan, snapshot: Snapshot, present: Present | None) -> None:
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a planned range will take of a node's memory."""
+
+    blocks: BlockRange
+    node: NodeView
+    use: MemoryUse
+
+
+def footprints(plan: Plan, snapshot: Snapshot, shape: ModelShape, cache_tokens: int) -> list[Footprint]:
+    """One for every stage and every node that is to hold it, in the plan's order."""
+    nodes = {node.peer: node for node in snapshot.nodes}
+    return [
+        Footprint(stage.blocks, nodes[peer], stage_memory(stage.blocks, nodes[peer], shape, cache_tokens))
+        for stage in plan.stages
+        for peer in stage.peers
+    ]
+
+
+def show(plan: Plan, snapshot: Snapshot, present: Present | None, memory: Sequence[Footprint]) -> None:
     """Print a plan: its stages, its speed, its proof, what it was compared with, and what it assumed."""
     names = short_names(
         [*(node.peer for node in snapshot.nodes), *((hop.peer for hop in present.trial.route) if present else ())]
     )
     out.print(_stages(plan, snapshot, names))
+    out.print(_memory(memory, names))
     tell(f"predicted: {speeds(plan)}")
     bound = plan.lower_bound_s * 1e3
     if plan.gap < PROVEN:
@@ -74,7 +98,7 @@ def advice(plan: Plan) -> list[str]:
     ]
 
 
-def as_dict(plan: Plan, present: Present | None) -> dict[str, Any]:
+def as_dict(plan: Plan, present: Present | None, memory: Sequence[Footprint]) -> dict[str, Any]:
     """The plan as `--json` prints it. Times in milliseconds."""
     return {
         "model": plan.model_name,
@@ -89,6 +113,21 @@ def as_dict(plan: Plan, present: Present | None) -> dict[str, Any]:
                 "transfer_ms": round(stage.transfer_s * 1e3, 4),
             }
             for stage in plan.stages
+        ],
+        "memory": [
+            {
+                "node": place.node.peer,
+                "range": str(place.blocks),
+                "dtype": place.node.dtype,
+                "quant": place.node.quant,
+                "kv": place.node.kv,
+                "baseline_bytes": place.node.baseline_bytes or None,
+                "weight_bytes": place.use.weight_bytes,
+                "cache_bytes": place.use.promised_bytes,
+                "predicted_bytes": place.use.full_bytes,
+                "resident_bytes": place.node.resident_bytes or None,
+            }
+            for place in memory
         ],
         "left_out": [{"node": node.peer, "reason": node.reason} for node in plan.left_out],
         "bottleneck_ms": plan.bottleneck_s * 1e3,
@@ -132,6 +171,48 @@ def _stages(plan: Plan, snapshot: Snapshot, names: Mapping[PeerId, str]) -> Tabl
             ", ".join(map(str, node.held)) if node and node.held else "–",
         )
     return view
+
+
+def _memory(memory: Sequence[Footprint], names: Mapping[PeerId, str]) -> Table:
+    columns = (
+        "blocks",
+        Column("node", no_wrap=True),
+        "precision",
+        "process",
+        "weights",
+        "cache",
+        "in all",
+        "now",
+    )
+    view = Table(
+        *columns,
+        title="memory once all of the cache is used; now: what the process takes",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for place in memory:
+        view.add_row(
+            str(place.blocks),
+            Text(names[place.node.peer]),
+            Text(precision(place.node.dtype, place.node.quant, place.node.kv)),
+            _size(place.node.baseline_bytes),
+            size(place.use.weight_bytes),
+            size(place.use.promised_bytes),
+            size(place.use.full_bytes),
+            _size(place.node.resident_bytes),
+        )
+    return view
+
+
+def precision(dtype: str, quant: str, kv: str) -> str:
+    """What a node computes in, and what it keeps in fewer bits."""
+    kept = [f"{what} {kind}" for what, kind in (("weights", quant), ("cache", kv)) if kind != "none"]
+    return ", ".join((dtype, *kept))
+
+
+def _size(size_bytes: int) -> str:
+    """A size that may be unknown."""
+    return size(size_bytes) if size_bytes else "–"
 
 
 def _alternatives(plan: Plan) -> Table:

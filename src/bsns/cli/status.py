@@ -9,10 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
+from bsns.cli.plan_table import precision
 from bsns.cli.up import in_block_order
 from bsns.core.blocks import missing_blocks
 from bsns.core.ids import short_names
-from bsns.core.words import several
+from bsns.core.memory import MemoryUse
+from bsns.core.words import several, size
 
 if TYPE_CHECKING:
     from bsns.node.view import NodeStatus
@@ -38,6 +40,7 @@ def status(join: JoinOption, as_json: JsonFlag = False) -> None:
             out.print("The swarm has no nodes; start one with: bsns serve MODEL --join INVITE", highlight=False)
             return
         out.print(table(nodes))
+        out.print(memory_table(nodes))
         for model, gaps in missing(nodes).items():
             tell(
                 f"nobody serves blocks {', '.join(gaps)} of {model}; "
@@ -75,6 +78,30 @@ def table(nodes: list[NodeStatus]) -> Table:
             f"{node.round_trip_s * 1e3:.2f} ms" if node.round_trip_s is not None else "–",
         )
         view.add_row(*(cells if title else (Text(record.model_name), *cells)))
+    return view
+
+
+def memory_table(nodes: list[NodeStatus]) -> Table:
+    """What each node reckons to have in memory, beside what its process takes."""
+    columns = ("blocks", "node", "precision", "process", "weights", "cache", "journals", "in all", "resident", "full")
+    view = Table(
+        *columns,
+        title="memory; in all: what should be resident now, full: once all of the cache is used",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    names = short_names(node.record.peer for node in nodes)
+    for node in nodes:
+        record, use = node.record, node.now.memory if node.now else None
+        parts = (use.baseline_bytes, use.weight_bytes, use.kv_bytes, use.journal_bytes, use.now_bytes) if use else ()
+        view.add_row(
+            str(record.blocks),
+            names[record.peer],
+            Text(precision(record.dtype, record.quant, record.kv)),
+            *(map(size, parts) if use else ["–"] * 5),
+            size(node.now.rss_bytes if node.now else record.rss_bytes),
+            size(use.full_bytes) if use else "–",
+        )
     return view
 
 
@@ -123,6 +150,21 @@ def as_dict(node: NodeStatus) -> dict[str, Any]:
         "sessions": now.sessions if now else None,
         "block_time_ms": round((now.block_time_s if now else record.block_time_s) * 1e3, 4),
         "rss_mb": round((now.rss_bytes if now else record.rss_bytes) / 1e6, 1),
+        "quant": record.quant,
+        "kv": record.kv,
+        "memory": _memory_dict(now.memory, now.rss_bytes) if now else None,
         "round_trip_ms": round(node.round_trip_s * 1e3, 3) if node.round_trip_s is not None else None,
         "error": node.error,
+    }
+
+
+def _memory_dict(use: MemoryUse, resident_bytes: int) -> dict[str, int]:
+    return {
+        "baseline_bytes": use.baseline_bytes,
+        "weight_bytes": use.weight_bytes,
+        "kv_bytes": use.kv_bytes,
+        "journal_bytes": use.journal_bytes,
+        "predicted_bytes": use.now_bytes,
+        "resident_bytes": resident_bytes,
+        "full_bytes": use.full_bytes,
     }

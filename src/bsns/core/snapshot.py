@@ -23,6 +23,7 @@ MAX_PRICE = 1e12
 MAX_SIZE = 2.0**60
 MAX_BLOCKS = 10_000
 MAX_NAME = 200
+MAX_KIND = 16
 SHAPE_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 """Precisions that a shape file may name."""
 
@@ -73,6 +74,13 @@ class NodeView:
     reputation: float = 1.0
     """0 to 1, which is the best."""
     attested: bool = False
+    quant: str = "none"
+    """What it keeps weights in, and keys and values: as they are computed with (`none`), or in fewer bits."""
+    kv: str = "none"
+    baseline_bytes: int = 0
+    """What its process takes without blocks; 0 where unknown."""
+    resident_bytes: int = 0
+    """What its process takes now; 0 where unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,10 @@ class ModelShape:
     block_work: tuple[float, ...] = ()
     """Each block's work beside the average block's; empty: all the same."""
     dtype: str = "bfloat16"
+    quantised_block_bytes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """What each block weighs where weights are kept in `int8` or `int4`; empty where that is not known."""
+    quantised_kv_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """The same of `kv_bytes_per_token_per_block`."""
 
     @property
     def block_count(self) -> int:
@@ -216,6 +228,8 @@ def check_node(node: NodeView) -> None:
         "block_time_s": (node.block_time_s, MAX_TIME_S),
         "prefill_time_s": (node.prefill_time_s, MAX_TIME_S),
         "memory_bytes": (node.memory_bytes, MAX_SIZE),
+        "baseline_bytes": (node.baseline_bytes, MAX_SIZE),
+        "resident_bytes": (node.resident_bytes, MAX_SIZE),
         "cache_tokens": (node.cache_tokens, MAX_SIZE),
         "cache_tokens_left": (node.cache_tokens_left, node.cache_tokens),
         "uptime_s": (node.uptime_s, math.inf),
@@ -225,6 +239,9 @@ def check_node(node: NodeView) -> None:
     for name, (value, most) in figures.items():
         if not (0 <= value <= most):  # NaN compares false
             raise BadSnapshot(f"node {node.peer[:64]!r}: {name} is {value}")
+    for name, text in (("quant", node.quant), ("kv", node.kv)):
+        if len(text) > MAX_KIND or not text.isprintable():
+            raise BadSnapshot(f"node {node.peer[:64]!r}: {name} is {text[:64]!r}; it can be none, int8 or int4")
     if node.block_time_s < LEAST_BLOCK_TIME_S:
         raise BadSnapshot(
             f"node {node.peer[:64]!r}: block_time_s is {node.block_time_s:g}; measure it, or leave the node out"
@@ -260,6 +277,10 @@ class _NodeEntry(msgspec.Struct, forbid_unknown_fields=True):
     price: float = 0.0
     reputation: float = 1.0
     attested: bool = False
+    quant: str = "none"
+    kv: str = "none"
+    baseline_bytes: int = 0
+    resident_bytes: int = 0
 
 
 class _LinkEntry(msgspec.Struct, forbid_unknown_fields=True):

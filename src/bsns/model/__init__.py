@@ -12,5 +12,6 @@ ends           embedding, last norm and head, which stay with the client
 attention      ragged attention over the sessions' KV slabs
 linear         prepacked linear layers for CPUs
 quantized      linear layers in int8
+memory         memory that was freed goes back to the system
 tensors        between torch tensors and a frame's bytes
 """

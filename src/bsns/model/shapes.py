@@ -22,6 +22,8 @@ def shape_of(source: ModelSource, dtype: str) -> ModelShape:
         kv_bytes_per_token_per_block=source.kv_bytes_per_token_per_block(item_bytes),
         hidden_bytes=source.hidden_size * item_bytes,
         dtype=dtype,
+        quantised_block_bytes={quant: tuple(block_bytes(source, item_bytes, quant)) for quant in _QUANTISED},
+        quantised_kv_bytes={"int8": source.kv_bytes_per_token_per_block(item_bytes, "int8")},
     )
 
 

@@ -29,6 +29,7 @@ from bsns.model.configuration import read_config
 from bsns.model.failures import failure, is_no_memory
 from bsns.model.families import Family, family_of
 from bsns.model.linear import can_pack, pack_linears
+from bsns.model.memory import give_back_freed
 from bsns.model.quantized import quantize_linears
 from bsns.model.tensors import TORCH_DTYPES
 
@@ -70,14 +71,9 @@ class Stage:
     def _place(self, quant: str) -> None:
         """Bring the weights to where they are computed with, and into what they are computed in."""
         self._base.to(self.device)
-        if self.device.type != "cpu":
-            return
         for index in self.blocks:
-            if quant == "int8":
-                quantize_linears(self._layers[index])
-            elif can_pack(self.device, self.dtype):
-                pack_linears(self._layers[index])
-            let_go_of_file(self._layers[index])
+            _settle(self._layers[index], self.device, self.dtype, quant)
+        give_back_freed()
 
     @torch.inference_mode()
     def run(
@@ -181,6 +177,30 @@ def load_cut(
         raise CorruptModel(f"{path} lacks {len(missing)} tensors of this architecture, first {missing[0]}")
     model.eval()
     return model
+
+
+def warm_up(path: Path, *, dtype: str, device: str = "cpu", quant: str = "none") -> None:
+    """Import and run for once what a stage of this model needs, so that the process takes what it takes without blocks.
+
+    Raises CorruptModel, UnsupportedModel.
+    """
+    config = load_config(path)
+    bypassed_layers(config, AutoModel, family_of(config.model_type))
+    layer = nn.Sequential(nn.Linear(64, 64)).to(device, TORCH_DTYPES[dtype])
+    _settle(layer, torch.device(device), TORCH_DTYPES[dtype], quant)
+    with torch.inference_mode():
+        layer(torch.ones(128, 64, device=device, dtype=TORCH_DTYPES[dtype]))
+
+
+def _settle(layer: nn.Module, device: torch.device, dtype: torch.dtype, quant: str) -> None:
+    """Bring a layer's weights into what they are computed in."""
+    if device.type != "cpu":
+        return
+    if quant == "int8":
+        quantize_linears(layer)
+    elif can_pack(device, dtype):
+        pack_linears(layer)
+    let_go_of_file(layer)
 
 
 def let_go_of_file(module: nn.Module) -> None:

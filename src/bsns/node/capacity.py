@@ -11,6 +11,7 @@ import torch
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, NotEnoughMemory, NotHere
+from bsns.core.memory import MemoryUse
 from bsns.core.plan import LEAST_CACHE_TOKENS
 from bsns.model.source import ModelSource
 from bsns.node.peer import Listen
@@ -18,6 +19,7 @@ from bsns.planning.joining import choose_range
 from bsns.planning.memory import fitting_blocks
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.election import LEASE_S
+from bsns.worker.sessions import SessionTable
 
 CACHE_SESSIONS = 32
 """Without a memory limit, cache is kept for this many sessions of a quarter of the context."""
@@ -56,7 +58,7 @@ class ServeOptions:
         return self.blocks == "auto"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Room:
     """What a node's memory has room for; sizes in bytes, beyond what the process takes without blocks."""
 
@@ -75,6 +77,8 @@ class Room:
     """How many blocks the node lets planners give it, whatever it has room for."""
     planned_block_bytes: Sequence[int] | None = None
     """What planners take the blocks for, where the node keeps them in less."""
+    baseline_bytes: int = 0
+    """What the process takes without blocks."""
 
     def cache_tokens(self, ranges: Iterable[BlockRange], reserved: int = 0) -> int | None:
         """The tokens of cache to promise beside these ranges' weights; None if what has to be promised does not fit.
@@ -85,6 +89,17 @@ class Room:
         free_bytes = self.usable_bytes - sum(self.block_bytes[block] for blocks in held for block in blocks)
         tokens = min(free_bytes, self.cache_bytes) // (self.kv_bytes * max(map(len, held)) + self.row_bytes)
         return min(tokens, self.most_tokens) if tokens >= max(self.least_tokens, reserved) else None
+
+    def in_use(self, sessions: SessionTable) -> MemoryUse:
+        """What is in memory now, as far as it can be reckoned."""
+        held, every = sessions.ranges, sessions.all()
+        return MemoryUse(
+            baseline_bytes=self.baseline_bytes,
+            weight_bytes=sum(self.block_bytes[block] for blocks in held for block in blocks),
+            kv_bytes=sum(session.end * len(session.blocks) for session in every) * self.kv_bytes,
+            journal_bytes=sum(session.journal.nbytes for session in every if session.journal is not None),
+            promised_bytes=sessions.cache_tokens * (self.kv_bytes * max(map(len, held), default=0) + self.row_bytes),
+        )
 
     def plannable_bytes(self, tokens: int) -> int:
         """The memory to announce to planners, who reckon with so many tokens of cache on every node.
@@ -216,4 +231,5 @@ def room_of(
         most_tokens=options.cache_tokens or CACHE_SESSIONS * max(source.context_tokens // 4, 1),
         most_blocks=options.most_blocks,
         planned_block_bytes=planned_block_bytes,
+        baseline_bytes=rss_bytes(),
     )

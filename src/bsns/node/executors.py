@@ -57,6 +57,17 @@ def choose_executor(
     return choice
 
 
+def warm_up(choice: Choice, source: ModelSource, *, dtype: str, device: str, quant: str = "none") -> None:
+    """Bring the process to what it takes without any block: its libraries, and the code that they need to compute.
+
+    Raises UnsupportedModel, CorruptModel.
+    """
+    if choice.name == TORCH:
+        from bsns.model.stage import warm_up
+
+        warm_up(source.path, dtype=dtype, device=device, quant=quant)
+
+
 def load_executor(
     choice: Choice,
     source: ModelSource,

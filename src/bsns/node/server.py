@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Unpack
@@ -14,8 +16,9 @@ import torch
 import bsns
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, PeerFailed, PeerTimedOut
-from bsns.core.plan import Objective
-from bsns.core.snapshot import ModelShape
+from bsns.core.plan import Objective, Plan
+from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.model.memory import give_back_freed
 from bsns.model.shapes import block_bytes as block_bytes_of
 from bsns.model.shapes import shape_of
 from bsns.model.source import ModelSource
@@ -31,14 +34,15 @@ from bsns.node.capacity import (
     room_of,
     rss_bytes,
 )
-from bsns.node.executors import choose_executor, load_executor
+from bsns.node.executors import choose_executor, load_executor, warm_up
 from bsns.node.moving import Load, Mover
-from bsns.node.orchestrator import Governing, Orchestrator
+from bsns.node.orchestrator import Governing, Orchestrator, best_plan
 from bsns.node.peer import Peer
 from bsns.node.prober import Prober
 from bsns.node.view import View
 from bsns.protocol.records import NodeRecord
 from bsns.protocol.tensors import DTYPE_BYTES
+from bsns.swarm.proposals import Planner
 from bsns.swarm.records import with_links
 from bsns.transport.clock import Clock
 from bsns.worker.calibration import calibrate
@@ -104,6 +108,7 @@ class Server:
         )
         if choice.reason:
             log.info("computing with torch", reason=choice.reason)
+        await asyncio.to_thread(warm_up, choice, source, dtype=dtype, device=device, quant=options.quant)
         cache_tokens = cache_tokens_of(options, source, blocks, block_bytes, kv_bytes, row_bytes)
         cache_bytes = cache_tokens * (kv_bytes * len(blocks) + row_bytes)
         room = room_of(options, source, cache_bytes, block_bytes, kv_bytes, row_bytes, planned_block_bytes)
@@ -129,6 +134,9 @@ class Server:
             expires_s=peer.clock.unix_s() + RECORD_LIFETIME_S,
             memory_bytes=room.plannable_bytes(least_cache_tokens(source)),
             follows=options.follows,
+            quant=options.quant,
+            kv=options.kv,
+            baseline_bytes=room.baseline_bytes,
         )
         told(f"joining swarm {peer.membership.swarm[:8]} for blocks {blocks}")
         joining = partial(peer.directory.publish, record)
@@ -155,6 +163,7 @@ class Server:
         executor = await asyncio.to_thread(load, blocks)
         told("measuring")
         calibration = await asyncio.to_thread(calibrate, executor)
+        give_back_freed()
         record = msgspec.structs.replace(record, prefill_time_s=calibration.prefill_time_s)
         sessions = SessionTable(
             model=source.model_id,
@@ -164,7 +173,12 @@ class Server:
             context_tokens=source.context_tokens,
         )
         worker = worker_class()(
-            executor, sessions, peer.dial, block_time_s=calibration.block_time_s, rss_bytes=rss_bytes
+            executor,
+            sessions,
+            peer.dial,
+            block_time_s=calibration.block_time_s,
+            rss_bytes=rss_bytes,
+            memory=room.in_use,
         )
         if isinstance(worker, FaultyWorker):
             worker.heed_signals()
@@ -180,6 +194,7 @@ class Server:
                 objective=objective,
                 cache_tokens=least_cache_tokens(source),
                 lease_s=options.lease_s,
+                planner=_planner(room),
             )
         return server
 
@@ -289,6 +304,19 @@ async def taken(publish: Callable[[], Awaitable[None]], clock: Clock) -> None:
             return
 
 
+def _planner(room: Room) -> Planner:
+    """The planner; from its first use on its libraries count as part of what the process takes."""
+
+    def plan(snapshot: Snapshot, shape: ModelShape, objective: Objective, cache_tokens: int) -> Plan:
+        if "bsns.planning.planner" not in sys.modules:
+            before_bytes = rss_bytes()
+            importlib.import_module("bsns.planning.planner")
+            room.baseline_bytes += max(0, rss_bytes() - before_bytes)
+        return best_plan(snapshot, shape, objective, cache_tokens)
+
+    return plan
+
+
 def _differs(now_s: float, said_s: float) -> bool:
     """Whether a node has become so much slower or faster than it says that others would plan badly."""
     return not said_s / SPEED_CHANGE <= now_s <= said_s * SPEED_CHANGE
@@ -312,6 +340,7 @@ def _renewed(record: NodeRecord, worker: Worker, now_s: float, coming: BlockRang
         cache_tokens_left=now.cache_tokens_left,
         block_time_s=now.block_time_s,
         rss_bytes=now.rss_bytes,
+        baseline_bytes=now.memory.baseline_bytes or record.baseline_bytes,
         sessions=now.sessions,
         started_s=min(record.started_s, now_s),  # a clock may have been set back since
         expires_s=now_s + RECORD_LIFETIME_S,

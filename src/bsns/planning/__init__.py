@@ -24,7 +24,7 @@ transfer      a chain as roles, cast with the nodes of another swarm
 layouts       what ranges held now are worth, and whether a plan is worth moving for
 selection     nodes picked by a user's own weights, with a look ahead
 joining       what a node takes that joins a swarm without an orchestrator
-memory        how many blocks fit a node
+memory        how many blocks fit a node, and what a stage will take
 walks         the cheapest way over blocks and nodes, and chains that use each node once
 
 For models of any shape:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from bsns.core.plan import Objective
 from bsns.planning.chain_dp import Ruler
@@ -176,6 +175,8 @@ def _paired_bottleneck(problem: ChainProblem, low_s: float) -> float:
         budget = np.maximum((limit_s - ways) / problem.time_N[able], -1.0)
         blocks = np.searchsorted(lightest_M, budget * (1 + ROUNDING), side="right") - 1
         blocks = np.where(budget >= 0, np.minimum(blocks, room_N[able]), 0)
+        from scipy.optimize import linear_sum_assignment  # here: every node imports this module, and few plan
+
         rows, columns = linear_sum_assignment(-blocks)
         return int(blocks[rows, columns].sum()) >= problem.block_count
 

@@ -1,10 +1,13 @@
-"""How many blocks a node's memory holds."""
+"""How many blocks a node's memory holds, and what a stage will take of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, NotEnoughMemory
+from bsns.core.memory import MemoryUse
+from bsns.core.snapshot import ModelShape, NodeView
 
 
 def fitting_blocks(
@@ -39,6 +42,20 @@ def fitting_blocks(
             break
         fitting = count
     return fitting
+
+
+def stage_memory(blocks: BlockRange, node: NodeView, shape: ModelShape, cache_tokens: int) -> MemoryUse:
+    """What a node's process will take with these blocks and so much cache, in the precision that it keeps them in.
+
+    Where the shape does not say what that is, in the precision that they are computed in.
+    """
+    block_bytes = shape.quantised_block_bytes.get(node.quant, shape.block_bytes)
+    kv_bytes = shape.quantised_kv_bytes.get(node.kv, shape.kv_bytes_per_token_per_block)
+    return MemoryUse(
+        baseline_bytes=node.baseline_bytes,
+        weight_bytes=sum(block_bytes[block] for block in blocks),
+        promised_bytes=cache_tokens * (kv_bytes * len(blocks) + shape.hidden_bytes),
+    )
 
 
 def _mib(size: int) -> str:

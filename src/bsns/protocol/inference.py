@@ -20,6 +20,7 @@ from __future__ import annotations
 import msgspec
 
 from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.core.memory import MemoryUse
 from bsns.protocol.tensors import TensorSpec
 
 MAX_PARTS = 1024
@@ -189,3 +190,4 @@ class Description(msgspec.Struct, frozen=True, tag="description"):
     rss_bytes: int
     steps: int
     rows: int
+    memory: MemoryUse = MemoryUse()

@@ -56,6 +56,11 @@ class NodeRecord(msgspec.Struct, frozen=True):
     draw: bytes = b""
     """Its lot in the election of the orchestrator (swarm.election); empty if it does not stand."""
     links: tuple[LinkRecord, ...] = ()
+    quant: str = "none"
+    """What it keeps weights in, and keys and values: as they are computed with (`none`), or in fewer bits."""
+    kv: str = "none"
+    baseline_bytes: int = 0
+    """What its process takes without blocks; 0 where unknown."""
 
     @property
     def blocks(self) -> BlockRange:

@@ -78,6 +78,8 @@ def check_record(record: NodeRecord) -> None:
         "device": (record.device, 64),
         "executor": (record.executor, 64),
         "version": (record.version, 64),
+        "quant": (record.quant, 16),
+        "kv": (record.kv, 16),
     }
     for name, (text, limit) in texts.items():
         _require(len(text) <= limit and text.isprintable(), record, f"{name} is too long or unprintable")
@@ -99,6 +101,7 @@ def check_record(record: NodeRecord) -> None:
         _require(0 <= start < end <= record.block_count, record, "impossible block range")
     _require(len(record.others) <= MAX_OTHERS, record, "too many ranges")
     _require(0 <= record.memory_bytes <= MAX_BYTES, record, "impossible memory")
+    _require(0 <= record.baseline_bytes <= MAX_BYTES, record, "impossible memory")
     _require(0 <= record.sessions <= MAX_TOKENS, record, "impossible number of sessions")
     _require(0 <= record.prefill_time_s <= MAX_TIME_S, record, "impossible prefill time")
     _require(0 <= record.price <= MAX_PRICE, record, "impossible price")

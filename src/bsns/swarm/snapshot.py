@@ -41,6 +41,10 @@ def node_view(record: NodeRecord, now_s: float) -> NodeView:
         cache_tokens_left=record.cache_tokens_left,
         uptime_s=max(0.0, now_s - record.started_s),
         price=record.price,
+        quant=record.quant,
+        kv=record.kv,
+        baseline_bytes=record.baseline_bytes,
+        resident_bytes=record.rss_bytes,
     )
 
 

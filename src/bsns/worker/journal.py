@@ -26,6 +26,10 @@ class Journal:
         """How many positions there are."""
         return len(self._rows) // self.row_bytes
 
+    @property
+    def nbytes(self) -> int:
+        return len(self._rows)
+
     def write(self, position: int, rows: Buffer, wanted: int) -> None:
         """Note a step's output. Raises PositionGap where it does not join what there is."""
         if position > self.end:

@@ -14,6 +14,7 @@ import structlog
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLeaving, PeerLost, ProtocolError
 from bsns.core.ids import PeerId, SessionId
+from bsns.core.memory import MemoryUse
 from bsns.core.plan import ROWS_PER_BLOCK_TIME
 from bsns.protocol.codecs import CODECS, RAW, coded
 from bsns.protocol.frames import Buffer, Message
@@ -84,10 +85,12 @@ class Worker:
         *,
         block_time_s: float,
         rss_bytes: Callable[[], int],
+        memory: Callable[[SessionTable], MemoryUse] = lambda _: MemoryUse(),
         clock: Clock = MACHINE_CLOCK,
         short_s: float = SHORT_S,
     ) -> None:
-        """Batches expected to take less than `short_s` are run on the event loop."""
+        """`memory` reckons what the weights and caches take; batches expected to take less than `short_s` are run on
+        the event loop."""
         self._executors = {executor.blocks: executor}
         self._hidden_size, self._dtype = executor.hidden_size, executor.dtype
         self._blocks = executor.blocks
@@ -102,7 +105,7 @@ class Worker:
         self._replays = Replays(
             self._relay, self._spawn, self._report_about, dtype=self._dtype, hidden_size=self._hidden_size
         )
-        self._rss_bytes = rss_bytes
+        self._rss_bytes, self._memory = rss_bytes, memory
         self._now_s = clock.now_s
         self._short_s = short_s
         self._probes = ProbeLimiter()
@@ -157,6 +160,7 @@ class Worker:
             rss_bytes=self._rss_bytes(),
             steps=self.steps,
             rows=self.rows,
+            memory=self._memory(self.sessions),
         )
 
     def take_on(self, executor: Executor) -> None:

@@ -10,7 +10,7 @@ import pytest
 from bsns.cli import console
 from bsns.cli.console import parse_seconds
 from bsns.cli.plan_picture import draw_plan
-from bsns.cli.plan_table import ONE_NODE, advice, as_dict, found_by, show
+from bsns.cli.plan_table import ONE_NODE, advice, as_dict, footprints, found_by, show
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.ids import ModelId, PeerId
@@ -50,7 +50,7 @@ PLAN = Plan(
 
 def test_people_are_told_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.out, "width", 200)
-    show(PLAN, SNAPSHOT, None)
+    show(PLAN, SNAPSHOT, None, footprints(PLAN, SNAPSHOT, SHAPE, 7))
     said = capsys.readouterr().out
     for words in (
         "80.0 tokens/s with one stream",
@@ -62,12 +62,14 @@ def test_people_are_told_everything(capsys: pytest.CaptureFixture[str], monkeypa
         "one node alone would answer a single stream faster: 250.0 tokens/s against 80.0",
         "assumed: 4 links were not measured",
         "…node0002",
+        "memory once all of the cache is used",
+        "7.15 KiB",
     ):
         assert words in said, words
 
 
 def test_a_proven_plan_says_that_none_is_better(capsys: pytest.CaptureFixture[str]) -> None:
-    show(dataclasses.replace(PLAN, gap=0.0), SNAPSHOT, None)
+    show(dataclasses.replace(PLAN, gap=0.0), SNAPSHOT, None, [])
     assert "no plan can be better" in capsys.readouterr().out
 
 
@@ -84,7 +86,7 @@ def test_how_a_plan_was_found(method: str, words: str) -> None:
 
 
 def test_programs_are_told_the_same() -> None:
-    value = json.loads(json.dumps(as_dict(PLAN, None)))
+    value = json.loads(json.dumps(as_dict(PLAN, None, footprints(PLAN, SNAPSHOT, SHAPE, 7))))
     assert value["stages"][0]["range"] == "0:3"
     assert value["stages"][0]["replicas"] == [PEERS[2]]
     assert value["tokens_per_s"] == {"1": pytest.approx(80), "2": pytest.approx(160)}

@@ -44,7 +44,10 @@ def test_a_file_gives_what_it_says() -> None:
 
 
 def test_it_is_the_same_after_a_walk_through_a_file() -> None:
-    nodes = (NodeView(A, 0.001, 10, 0.0001, held=(BlockRange(0, 2), BlockRange(4, 5)), price=2.0), NodeView(B, 0.5, 9))
+    nodes = (
+        NodeView(A, 0.001, 10, 0.0001, held=(BlockRange(0, 2), BlockRange(4, 5)), price=2.0),
+        NodeView(B, 0.5, 9, quant="int8", resident_bytes=5),
+    )
     links = {pair(B, A): Link(0.01, math.inf, 0.001, 3.0)}
     snapshot = Snapshot(7.0, nodes, links, {B: Link(0.02, 5.0)})
     assert Snapshot.from_json(snapshot.to_json()) == snapshot

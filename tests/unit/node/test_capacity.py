@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import cast
 
 import pytest
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, NotEnoughMemory, NotHere
+from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.core.memory import MemoryUse
 from bsns.model.source import ModelSource
-from bsns.node.capacity import ServeOptions, choose_blocks, choose_device, choose_dtype, rss_bytes
+from bsns.node.capacity import Room, ServeOptions, choose_blocks, choose_device, choose_dtype, rss_bytes
+from bsns.protocol.inference import Open
+from bsns.worker.journal import Journal
+from bsns.worker.sessions import SessionTable
 
 BLOCK_BYTES = [100 * 2**20] * 4
 
@@ -51,3 +58,33 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert choose_device("cpu") == "cpu"
     with pytest.raises(BadOption, match=r"available: .*cpu"):
         choose_device("abacus")
+
+
+def test_what_is_in_use_counts_the_tokens_that_sessions_have_come_to() -> None:
+    room = Room(
+        usable_bytes=10**6,
+        block_bytes=[100, 200, 300, 400],
+        kv_bytes=4,
+        row_bytes=10,
+        cache_bytes=10**6,
+        least_tokens=1,
+        most_tokens=100,
+        baseline_bytes=7,
+    )
+    sessions = SessionTable(
+        model=ModelId("m"), held=BlockRange(1, 4), dtype="float32", cache_tokens=50, context_tokens=40
+    )
+    assert room.in_use(sessions) == MemoryUse(7, 900, 0, 0, 50 * (3 * 4 + 10))
+    session = sessions.open(
+        Open(SessionId(1), ModelId("m"), 1, 3, "float32", 30, depth=1, next_peer=None), PeerId("client"), now_s=0.0
+    )
+    session.end, session.journal = 5, Journal(10)
+    session.journal.write(0, bytes(50), 1)
+    now = room.in_use(sessions)
+    assert (now.kv_bytes, now.journal_bytes) == (5 * 2 * 4, 50)
+    assert now.now_bytes == 7 + 900 + 40 + 50
+
+
+def test_a_node_that_only_serves_loads_nothing_that_planning_needs() -> None:
+    code = "import sys, bsns.node.server; sys.exit(bool({'scipy.optimize', 'ortools'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
