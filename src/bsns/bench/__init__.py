@@ -1,13 +1,14 @@
 """Measurements that a stranger can repeat: one file per `bsns bench` verb, and what some of them stand on.
 
-emulation  a network of places on this machine, each a namespace
-forwarder  the process that delays and paces its packets
-nursery    nodes in these places, forked where the libraries are loaded
-layouts    chains of nodes under measurement: what is predicted of them, and what they did
-settings   random swarms of unequal nodes and ways
-alone      a range of blocks in this process, computed as a node would
-pipes      the ceiling of a pipeline of processes
-machine    the machine that is measured
-llama_cpp  a build of llama.cpp, and how fast it is
-llama_gguf the models it is measured with
+emulation        a network of places on this machine, each a namespace
+forwarder        the process that delays and paces its packets
+nursery          nodes in these places, forked where the libraries are loaded
+layouts          chains of nodes under measurement: what is predicted of them, and what they did
+settings         random swarms of unequal nodes and ways
+alone            a range of blocks in this process, computed as a node would
+pipes            the ceiling of a pipeline of processes
+machine          the machine that is measured
+llama_cpp        a build of llama.cpp, and how fast it is
+llama_gguf       the models it is measured with
+compress_rivals  others' codecs and quantised layers, where they are installed
 """

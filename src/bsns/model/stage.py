@@ -40,7 +40,7 @@ class Stage:
     def __init__(
         self, path: Path, blocks: BlockRange, *, dtype: str = "bfloat16", device: str = "cpu", quant: str = "none"
     ) -> None:
-        """Load the range from a safetensors directory. `quant`: `int8` keeps linear layers' weights so, on a CPU.
+        """Load the range from a safetensors directory. `quant`: `int8` or `int4` keeps linear layers' weights so.
 
         Raises BadRange, CorruptModel, NotEnoughMemory, DiskFull, and UnsupportedModel for an architecture that would
         compute something else when it is cut.
@@ -70,9 +70,9 @@ class Stage:
 
     def _place(self, quant: str) -> None:
         """Bring the weights to where they are computed with, and into what they are computed in."""
-        self._base.to(self.device)
         for index in self.blocks:
             _settle(self._layers[index], self.device, self.dtype, quant)
+        self._base.to(self.device)
         give_back_freed()
 
     @torch.inference_mode()
@@ -186,21 +186,21 @@ def warm_up(path: Path, *, dtype: str, device: str = "cpu", quant: str = "none")
     """
     config = load_config(path)
     bypassed_layers(config, AutoModel, family_of(config.model_type))
-    layer = nn.Sequential(nn.Linear(64, 64)).to(device, TORCH_DTYPES[dtype])
+    layer = nn.Sequential(nn.Linear(64, 64)).to(TORCH_DTYPES[dtype])
     _settle(layer, torch.device(device), TORCH_DTYPES[dtype], quant)
     with torch.inference_mode():
         layer(torch.ones(128, 64, device=device, dtype=TORCH_DTYPES[dtype]))
 
 
 def _settle(layer: nn.Module, device: torch.device, dtype: torch.dtype, quant: str) -> None:
-    """Bring a layer's weights into what they are computed in."""
-    if device.type != "cpu":
-        return
-    if quant == "int8":
-        quantize_linears(layer)
+    """Bring a layer's weights into what they are computed in, and to where."""
+    if quant != "none":
+        quantize_linears(layer, quant, device)
     elif can_pack(device, dtype):
         pack_linears(layer)
-    let_go_of_file(layer)
+    if device.type == "cpu":
+        let_go_of_file(layer)
+    layer.to(device)
 
 
 def let_go_of_file(module: nn.Module) -> None:

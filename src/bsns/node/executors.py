@@ -51,9 +51,8 @@ def choose_executor(
     choice = Choice(TORCH) if prefer == TORCH else _choice(source, blocks, device)
     if choice.name == TORCH and prefer == NATIVE:
         raise BadOption(f"the native executor cannot run {source.name} here ({choice.reason}); leave out --executor")
-    if choice.name == TORCH and (quant == "int4" or (quant == "int8" and device != "cpu")):
-        why = choice.reason or "--executor torch was asked for"
-        raise BadOption(f"only the native executor keeps weights in {quant}, but {why}; leave out --quant")
+    if (quant == "int4" and device != "cpu") or (quant == "int8" and device not in ("cpu", "cuda")):
+        raise BadOption(f"weights in {quant} cannot be computed with on {device}; leave out --quant")
     return choice
 
 

@@ -50,20 +50,18 @@ def test_torch_without_a_library(tiny_model: TinyModel, monkeypatch: pytest.Monk
     assert choose(tiny_model("llama")).label == "torch: turned off by BSNS_NATIVE"
     with pytest.raises(BadOption, match=r"cannot run .*turned off by BSNS_NATIVE.*leave out --executor"):
         choose(tiny_model("llama"), prefer="native")
-    with pytest.raises(BadOption, match="int4, but turned off by BSNS_NATIVE; leave out --quant"):
-        choose(tiny_model("llama"), quant="int4")
-    assert choose(tiny_model("llama"), quant="int8").name == "torch"
+    assert choose(tiny_model("llama"), quant="int4").name == choose(tiny_model("llama"), quant="int8").name == "torch"
 
 
 @needs_native
 def test_what_cannot_be_had(tiny_model: TinyModel) -> None:
     with pytest.raises(BadOption, match="model type olmo2"):
         choose(tiny_model("olmo2"), prefer="native")
-    with pytest.raises(BadOption, match="model type olmo2"):
-        choose(tiny_model("olmo2"), quant="int4")
-    with pytest.raises(BadOption, match="--executor torch was asked for"):
-        choose(tiny_model("llama"), prefer="torch", quant="int4")
-    assert choose(tiny_model("llama"), prefer="torch", quant="int8").name == "torch"
+    assert choose(tiny_model("llama"), prefer="torch", quant="int4").name == "torch"
+    for device, quant in (("cuda", "int4"), ("mps", "int8")):
+        with pytest.raises(BadOption, match=f"weights in {quant} cannot be computed with on {device}"):
+            choose(tiny_model("llama"), device=device, quant=quant)
+    assert choose(tiny_model("llama"), device="cuda", quant="int8").name == "torch"
 
 
 def test_options_that_nobody_knows(tiny_model: TinyModel) -> None:
