@@ -1,4 +1,4 @@
-// Random stages and batches, for as long as it is told: against a plain reference, against themselves in other batches and
+// Random codecs, stages and batches, for as long as it is told: against a plain reference, against themselves in other batches and
 // with other kernels, and with arguments that must be refused. Built with sanitizers by tests/unit/native.
 //
 // Usage: random_stages SECONDS [SEED]. Prints the seed of what fails, and ends with status 1.
@@ -432,7 +432,39 @@ void bad_arguments(const Model &model, const Engine &engine) {
     if (bsns_pack(&packed.matrix, &source, 0, 1, 5, 5) != BSNS_NOT_FINITE) fail("weights that are no numbers");
 }
 
+// Rows of activations there and back through a codec, in memory that ends where they do.
+void one_codec() {
+    const int codec = among(BSNS_INT8_BLOCKS, BSNS_INT4_ROTATED), columns = chance(0.1) ? among(4000, 4200) : among(1, 700);
+    const int rows = among(1, 9), blocks = (columns + 63) / 64;
+    const int row_bytes = codec == BSNS_INT4_ROTATED   ? (columns + 1) / 2 + 2 * ((columns + 31) / 32)
+                          : codec == BSNS_INT8_DYNAMIC ? columns + 4 * ((columns + 4095) / 4096)
+                                                       : columns + 2 * blocks;
+    Numbers numbers = normals(static_cast<size_t>(rows) * static_cast<size_t>(columns), std::exp(static_cast<float>(among(-20, 20))));
+    Numbers back(numbers.size());
+    std::vector<uint8_t> coded(static_cast<size_t>(rows) * static_cast<size_t>(row_bytes));
+    int64_t bad_row = -1;
+    must(bsns_encode(codec, rows, columns, BSNS_FLOAT32, numbers.data(), coded.data(), row_bytes, &bad_row), "encode");
+    must(bsns_decode(codec, rows, columns, BSNS_FLOAT32, coded.data(), back.data(), row_bytes, &bad_row), "decode");
+    double off = 0, whole = 0;
+    for (size_t i = 0; i < numbers.size(); i++) {
+        off += std::pow(static_cast<double>(back[i]) - static_cast<double>(numbers[i]), 2);
+        whole += std::pow(static_cast<double>(numbers[i]), 2);
+    }
+    if (!(std::sqrt(off) <= (codec == BSNS_INT4_ROTATED ? 0.2 : 0.03) * std::sqrt(whole))) fail("a codec is too far off");
+
+    const int row = among(0, rows - 1);
+    numbers[static_cast<size_t>(row * columns + among(0, columns - 1))] = chance(0.5) ? NAN : INFINITY;
+    if (bsns_encode(codec, rows, columns, BSNS_FLOAT32, numbers.data(), coded.data(), row_bytes, &bad_row) != BSNS_NOT_FINITE || bad_row != row)
+        fail("a row that is not finite was encoded");
+    refuse(bsns_decode(codec, rows, columns, BSNS_FLOAT32, coded.data(), back.data(), row_bytes + 1, &bad_row), "rows of another length");
+    for (uint8_t &byte : coded) byte = static_cast<uint8_t>(among(0, 255));
+    std::vector<uint16_t> halves(numbers.size());
+    const bsns_status status = bsns_decode(codec, rows, columns, BSNS_BFLOAT16, coded.data(), halves.data(), row_bytes, &bad_row);
+    if (status != BSNS_OK && (status != BSNS_NOT_FINITE || bad_row < 0 || bad_row >= rows)) fail("what anybody may send");
+}
+
 void one_round() {
+    one_codec();
     const std::vector<std::string> names = kernel_names();
     const int kind = among(BSNS_FLOAT32, BSNS_INT4);
     const Model model(kind);
