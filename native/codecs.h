@@ -87,8 +87,29 @@ inline bool is_negated(uint32_t column) {
     return ((mixed * 0x85ebca77u) >> 31) != 0;
 }
 
+// A step of the rotation within every LANES numbers: sums where bit HALF of the place is 0, differences where it is 1.
+template <int HALF>
+inline void within(float *numbers, int size) {
+    for (int start = 0; start < size; start += LANES) {
+        float to[LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            const float own = numbers[start + lane];
+            to[lane] = numbers[start + (lane ^ HALF)] + ((lane & HALF) != 0 ? -own : own);
+        }
+        std::memcpy(numbers + start, to, sizeof to);
+    }
+}
+
 inline void hadamard(float *numbers, int size) {
-    for (int half = 1; half < size; half *= 2)
+    int half = 1;
+    if (size >= LANES) {  // of few numbers at a time a compiler makes nothing
+        within<1>(numbers, size);
+        within<2>(numbers, size);
+        within<4>(numbers, size);
+        within<8>(numbers, size);
+        half = LANES;
+    }
+    for (; half < size; half *= 2)
         for (int start = 0; start < size; start += 2 * half)
             for (int i = start; i < start + half; i++) {
                 const float a = numbers[i], b = numbers[i + half];
@@ -198,8 +219,10 @@ inline void encode_blocks(const float *row, int columns, bool four, float grow, 
             else
                 std::memset(codes + start, 0, static_cast<size_t>(count));
         } else if (four) {
-            for (int i = start; i < start + count; i++)
-                codes[i / 2] |= static_cast<uint8_t>((nearest(row[i] / scale) + 8) << (i % 2 * 4));
+            uint8_t whole[INT4_BLOCK] = {};
+            for (int i = 0; i < count; i++) whole[i] = static_cast<uint8_t>(nearest(row[start + i] / scale) + 8);
+            for (int i = 0; i < (count + 1) / 2; i++)
+                codes[start / 2 + i] = static_cast<uint8_t>(whole[2 * i] | whole[2 * i + 1] << 4);
         } else {
             for (int i = start; i < start + count; i++) codes[i] = static_cast<uint8_t>(nearest(row[i] / scale));
         }
@@ -215,10 +238,14 @@ inline bool decode_blocks(const uint8_t *source, int columns, bool four, float s
         std::memcpy(&kept, source, 2);
         if ((kept & 0x8000u) != 0 || (kept & 0x7f80u) == 0x7f80u) return false;
         const float scale = from_bfloat16(kept) * shrink;
-        if (four)
-            for (int i = start; i < start + count; i++)
-                row[i] = static_cast<float>(static_cast<int>(codes[i / 2] >> (i % 2 * 4) & 15) - 8) * scale;
-        else
+        if (four) {
+            uint8_t whole[INT4_BLOCK];
+            for (int i = 0; i < (count + 1) / 2; i++) {
+                whole[2 * i] = codes[start / 2 + i] & 15;
+                whole[2 * i + 1] = codes[start / 2 + i] >> 4;
+            }
+            for (int i = 0; i < count; i++) row[start + i] = static_cast<float>(static_cast<int>(whole[i]) - 8) * scale;
+        } else
             for (int i = start; i < start + count; i++) row[i] = static_cast<float>(static_cast<int8_t>(codes[i])) * scale;
     }
     return true;

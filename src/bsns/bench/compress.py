@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,12 @@ from numpy.typing import NDArray
 
 from bsns.bench import compress_rivals as rivals
 from bsns.bench.compress_rivals import Codec, Layers, Step
-from bsns.bench.emulation import Network, Way, hindrance
+from bsns.bench.emulation import hindrance
 from bsns.bench.engine import SHAPES, NativeRunner, accuracy, shaped, speed, windows_of_text
-from bsns.bench.faults import homes
+from bsns.bench.first_token import bench_first_token
 from bsns.bench.llama_cpp import MEASURES
 from bsns.bench.machine import cpu_name
-from bsns.client.generate import Stats
 from bsns.client.prompts import Prompts
-from bsns.client.sampling import SamplingOptions
 from bsns.compression import plain, rows
 from bsns.core.blocks import BlockRange
 from bsns.model.source import SMOLLM2, ModelSource, cache_dir, resolve
@@ -36,9 +34,6 @@ from bsns.native.families import RMS_NORM
 from bsns.native.library import KINDS, Handle, Library, Matrix, Source, native_library
 from bsns.native.stage import OUTLIER, NativeStage
 from bsns.native.stage import Segment as NativeSegment
-from bsns.node.client import Client
-from bsns.node.local import Home, LocalSwarm
-from bsns.planning.joining import equal_split
 from bsns.protocol.codecs import CODECS, RAW
 from bsns.protocol.frames import Buffer
 
@@ -53,12 +48,6 @@ FORMATS = {"none": "bf16", "int8": "int8", "int4": "int4"}
 NO_NORM = 0
 """The address of no weights: nothing is normed."""
 LINEAR_ROWS = (1, 16)
-STAGES = 3
-CLIENT = 0
-RATE = 100e6 / 8
-DELAY_S = 0.0025
-PROMPT_TOKENS = 2048
-WIRES = ("none", "int8", "int8-dyn", "int8-rot", "int4")
 
 Told = Callable[[str], None]
 Floats = NDArray[np.float32]
@@ -84,7 +73,7 @@ async def bench_compress(parts: Sequence[str], *, threads: int, quick: bool, tol
             figures["kv"] = {"int8": bench_kv(threads, told)}
     if "ttft" in parts:
         if (problem := hindrance()) is None:
-            figures |= await bench_ttft(quick, told)
+            figures |= await bench_first_token(quick, told)
         else:
             left_out["ttft"] = problem
     return {
@@ -364,39 +353,6 @@ def _loss(source: ModelSource, cache: str, threads: int) -> float:
             logits = ends.logits(torch.frombuffer(bytearray(output), dtype=torch.bfloat16).view(len(tokens), -1))
             losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens[1:]))))
     return statistics.mean(losses)
-
-
-# ---- a whole swarm --------------------------------------------------------------------------------------------------
-
-
-async def bench_ttft(quick: bool, told: Told) -> dict[str, Any]:
-    """Time to the first token of a long prompt over three nodes whose ways carry 100 Mbit/s, 5 ms there and back."""
-    source = resolve(SMOLLM2)
-    ranges = equal_split(source.block_count, STAGES)
-    taken: dict[str, list[float]] = {wire: [] for wire in WIRES}
-    told(f"ttft: starting {STAGES} nodes in an emulated network")
-    with Network(STAGES + 1) as network, network.entered(CLIENT):
-        network.shape({(a, b): Way(DELAY_S, RATE) for a in range(STAGES + 1) for b in range(STAGES + 1) if a != b})
-        async with AsyncExitStack() as stack:
-            own_home = Home(network.address(CLIENT))
-            swarm = LocalSwarm(SMOLLM2, ranges, dtype=DTYPE, homes=homes(network, STAGES), own_home=own_home)
-            await stack.enter_async_context(swarm)
-            clients = {
-                wire: await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE, wire=wire))
-                for wire in WIRES
-            }
-            prompt = (clients["none"].tokens("The sea is wide, and the ship is small. " * 300))[:PROMPT_TOKENS]
-            for number in range(2 if quick else 6):
-                told(f"ttft: round {number}")
-                for wire, client in clients.items():
-                    stats = Stats()
-                    async for _ in client.generator.stream(prompt, SamplingOptions(max_tokens=2), stats):
-                        pass
-                    if number:
-                        taken[wire].append(stats.ttft_ms)
-    medians = {wire: round(statistics.median(times), 1) for wire, times in taken.items()}
-    ratios = {wire: round(medians["none"] / median, 2) for wire, median in medians.items()}
-    return {"ttft_100mbit": medians, "ttft_100mbit_ratio": ratios}
 
 
 def _short(value: float) -> float:
