@@ -1,5 +1,14 @@
 """The `bsns` command, one file per verb."""
 
+import os
+import signal
+import sys
+
+# Ctrl-C while libraries load is no error to trace: there is nothing yet that would have to be put in order. As long as
+# this is the command itself, which for Python is called -m at first.
+if os.path.basename(sys.argv[0]) in ("bsns", "-m") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import asyncio
 import contextlib
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,8 @@ def command() -> int:
 
 
 def main() -> None:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # until now it ended us at once: see bsns.cli
     # Everything is in order by now; taking torch and its friends apart piece by piece would cost another second or two.
     leave(command())
 
