@@ -11,6 +11,7 @@ from bsns.cli import status, up
 from bsns.client.generate import Stats
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
+from bsns.core.memory import MemoryUse
 from bsns.node.view import NodeStatus
 from bsns.protocol.inference import Description
 from bsns.protocol.records import NodeRecord
@@ -77,6 +78,17 @@ def test_what_nodes_announce_is_shown_as_it_is() -> None:
         assert "[/x]" in shown(view)
     assert "[/m], 8 blocks" in shown(status.table([odd]))
     assert "[/m]" in shown(status.table([odd, node("b", 0, 8)]))
+
+
+def test_memory_that_a_node_makes_up_is_shown_as_it_is() -> None:
+    liar = node("a", 0, 8)
+    assert liar.now is not None
+    made_up = MemoryUse(-(2**63), 2**63 - 1, -1, 0, 2**63 - 1)
+    lying = replace(liar, now=msgspec.structs.replace(liar.now, memory=made_up, rss_bytes=-1))
+    silent = node("b", 0, 8, error="no answer")
+    assert "8 EiB" in shown(status.memory_table([lying, silent]))
+    assert status.as_dict(lying)["memory"]["resident_bytes"] == -1
+    assert status.as_dict(silent)["memory"] is None
 
 
 def test_the_status_table_names_the_model_once_or_in_each_row() -> None:

@@ -448,3 +448,19 @@ async def test_a_node_that_is_silent_for_a_moment_and_the_only_one_is_asked_agai
     scene.swarm.network.sound(peer)
     assert await asked == usual
     await scene.freed()
+
+
+async def test_the_only_node_frozen_for_good_is_an_error_within_seconds(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("OPEN_S", 0.1), ("AGAIN_S", 0.05), ("UNREACHED_S", 0.3)):
+        monkeypatch.setattr(module, name, seconds)
+    await scene.start()
+    client = scene.swarm.client(scene.ends)
+    await answer(client, prompt(8), SamplingOptions(max_tokens=4))
+    peer = next(iter(scene.swarm.nodes.values())).hop.peer
+    scene.swarm.network.freeze(peer)
+    with pytest.raises(PeerTimedOut):
+        await asyncio.wait_for(answer(client, prompt(8), SamplingOptions(max_tokens=4)), 5)
+    scene.swarm.network.sound(peer)
+    await scene.freed()
