@@ -165,6 +165,8 @@ def _bought(price_N: Floats, most_N: Floats, work: float) -> float:
 
 def _paired_bottleneck(problem: ChainProblem, low_s: float) -> float:
     """As `bottleneck_floor`, whole blocks, and no node handing over to two others: a largest pairing (Kuhn, 1955)."""
+    from scipy.optimize import linear_sum_assignment  # here: every node imports this module, and few plan
+
     room_N = most_work(np.ones(problem.block_count), problem.bytes_L, problem.memory_N)
     able = np.flatnonzero(room_N > 0)
     ways = np.vstack([problem.entry_N[None, able], problem.hop_NN[np.ix_(able, able)]])
@@ -175,8 +177,6 @@ def _paired_bottleneck(problem: ChainProblem, low_s: float) -> float:
         budget = np.maximum((limit_s - ways) / problem.time_N[able], -1.0)
         blocks = np.searchsorted(lightest_M, budget * (1 + ROUNDING), side="right") - 1
         blocks = np.where(budget >= 0, np.minimum(blocks, room_N[able]), 0)
-        from scipy.optimize import linear_sum_assignment  # here: every node imports this module, and few plan
-
         rows, columns = linear_sum_assignment(-blocks)
         return int(blocks[rows, columns].sum()) >= problem.block_count
 
