@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from bsns.model.linear import replace_linears
 from bsns.model.tensors import to_memory
 from bsns.protocol.frames import Buffer
 
@@ -135,11 +136,13 @@ def _quanto(weights: str) -> Callable[[Layers], Step]:
 def _bitsandbytes_layers(kind: str, **options: Any) -> Callable[[Layers], Step]:
     def made(layers: Layers) -> Step:
         kind_of_layer = getattr(import_module("bitsandbytes.nn"), kind)
-        for number, layer in enumerate(layers.layers):
-            rows, columns = cast(torch.Tensor, layer.weight).shape
-            quantised = kind_of_layer(columns, rows, bias=False, **options)
-            quantised.load_state_dict(layer.state_dict())
-            layers.layers[number] = quantised.to("cpu")  # which is when it quantises
+
+        def quantised(weight: torch.Tensor, _: torch.Tensor | None) -> torch.nn.Module:
+            layer: torch.nn.Module = kind_of_layer(weight.shape[1], weight.shape[0], bias=False, **options)
+            layer.load_state_dict({"weight": weight})
+            return layer.to("cpu")  # which is when it quantises
+
+        replace_linears(layers, quantised)
         return layers
 
     return made

@@ -96,8 +96,10 @@ def first_blocks(source: ModelSource, count: int, scratch: Path) -> ModelSource:
         tensors = {name: tensor for file in files for name, tensor in load_file(file).items() if name in kept}
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         for file in source.path.iterdir():
-            if file.suffix in (".json", ".jinja", ".txt", ".model") and ".safetensors" not in file.name:
+            kinds = (".json", ".jinja", ".txt", ".model")
+            if file.suffix in kinds and ".safetensors" not in file.name and file.name != "config.json":
                 shutil.copy(file, path)
+        # last: where it is, everything is
         config = json.loads((source.path / "config.json").read_text()) | {"num_hidden_layers": count}
         (path / "config.json").write_text(json.dumps(config))
     return resolve(str(path))

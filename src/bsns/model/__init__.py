@@ -11,7 +11,7 @@ stage          a range of blocks, run by the library's own layers
 ends           embedding, last norm and head, which stay with the client
 attention      ragged attention over the sessions' KV slabs
 linear         prepacked linear layers for CPUs
-quantized      linear layers in int8
+quantized      linear layers in int8 and int4
 memory         memory that was freed goes back to the system
 tensors        between torch tensors and a frame's bytes
 """
