@@ -11,15 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import psutil
 import pytest
 
 from bsns.model.source import resolve
+from bsns.node import zygote
+from bsns.node.processes import FORKS
 
 BSNS = (sys.executable, "-m", "bsns.cli.main")
 BLOCKS = 4
@@ -90,19 +93,69 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-class Running:
-    """A `bsns` command that runs beside the test."""
+class Forked:
+    """What is used of a subprocess.Popen with text pipes, of a command forked where the libraries are loaded."""
 
-    def __init__(self, *arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> None:
-        with _heeded_signals():
-            self._process = subprocess.Popen(
-                [*BSNS, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment() | (env or {}),
-            )
+    def __init__(self, arguments: Sequence[str], env: dict[str, str]) -> None:
+        pipes = [os.pipe() for _ in range(3)]
+        theirs = pipes[0][0], pipes[1][1], pipes[2][1]
+        try:
+            self._forked = zygote.Forked.begun(zygote.zygote().ask(arguments, env, theirs))
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        self.args = ["bsns", *arguments]
+        self.pid = self._forked.pid
+        self.stdin: IO[str] | None = os.fdopen(pipes[0][1], "w")
+        self.stdout, self.stderr = os.fdopen(pipes[1][0]), os.fdopen(pipes[2][0])
+
+    @property
+    def returncode(self) -> int | None:
+        return self._forked.wait(0.0)
+
+    def send_signal(self, signum: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._forked.send_signal(signum)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """All it still says, and its end."""
+        give_up_s = None if timeout is None else time.monotonic() + timeout
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            if self.stdin is not None:
+                self.stdin.close()
+        said: dict[IO[str], str] = {}
+        readers = [
+            threading.Thread(target=lambda at=at: said.__setitem__(at, at.read()), daemon=True)
+            for at in (self.stdout, self.stderr)
+            if not at.closed
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(None if give_up_s is None else max(0.0, give_up_s - time.monotonic()))
+        left_s = None if give_up_s is None else max(0.0, give_up_s - time.monotonic())
+        if any(reader.is_alive() for reader in readers) or self._forked.wait(left_s) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        self.stdout.close()
+        self.stderr.close()
+        return said.get(self.stdout, ""), said.get(self.stderr, "")
+
+
+class Running:
+    """A `bsns` command that runs beside the test: on Linux forked, unless it is to begin `anew`."""
+
+    def __init__(
+        self, *arguments: str, stdin: str | None = None, env: dict[str, str] | None = None, anew: bool = False
+    ) -> None:
+        env = environment() | (env or {})
+        self._process: Forked | subprocess.Popen[str]
+        with heeded_signals():
+            if FORKS and not anew:
+                self._process = Forked(arguments, env)
+            else:
+                pipe = subprocess.PIPE
+                command = [*BSNS, *arguments]
+                self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env)
         self.pid = self._process.pid
         self.family = Family(self.pid)
         if stdin is not None:
@@ -156,7 +209,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def _heeded_signals() -> Iterator[None]:
+def heeded_signals() -> Iterator[None]:
     """A child inherits what its parent ignores, and tests may run under nohup."""
     ignored = [s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_IGN]
     for signum in ignored:
@@ -169,9 +222,11 @@ def _heeded_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Iterator[Running]:
+def running(
+    *arguments: str, stdin: str | None = None, env: dict[str, str] | None = None, anew: bool = False
+) -> Iterator[Running]:
     """A command and all its processes, ended with the block."""
-    command = Running(*arguments, stdin=stdin, env=env)
+    command = Running(*arguments, stdin=stdin, env=env, anew=anew)
     try:
         yield command
     finally:

@@ -116,7 +116,8 @@ def test_a_node_whose_daemon_dies_says_so_and_ends(tiny: str) -> None:
 
 
 def test_a_founder_for_people_prints_an_invite_in_one_piece(tiny: str) -> None:
-    with running("serve", tiny, "--blocks", "0:1", "--threads", "1", "--public", env={"COLUMNS": "40"}) as command:
+    narrow = {"COLUMNS": "40"}
+    with running("serve", tiny, "--blocks", "0:1", "--threads", "1", "--public", env=narrow, anew=True) as command:
         assert "on this machine (see --host)" in command.line()
         words = command.line().split()
         assert words[:3] == ["bsns", "serve", tiny]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -26,6 +27,10 @@ from bsns.worker.faults import VARIABLE
 
 __all__ = ["tiny"]
 
+LEAVE = "leave"
+LONG = SamplingOptions(max_tokens=600)
+"""An answer that lasts until those who are asked to leave have heard of it: they serve it to its end otherwise."""
+
 
 def silent(_: str) -> None:
     """Tells nobody."""
@@ -46,9 +51,11 @@ async def test_every_fault_in_every_place(tiny: str, monkeypatch: pytest.MonkeyP
     source = resolve(str(Path(tiny)))
     ranges = ranges_of(BLOCKS)
     async with LocalSwarm(tiny, ranges, dtype=DTYPE) as swarm, Client.on(swarm.peer, source, dtype=DTYPE) as client:
-        figures = await Bench(swarm, client).cells(quick=True, told=silent)
+        bench = Bench(swarm, client)
+        figures = await bench.cells(quick=True, told=silent, faults=[fault for fault in SIGNALS if fault != LEAVE])
+        leaving = await bench.cells(quick=True, told=silent, faults=[LEAVE], sampling=[LONG])
     for fault in SIGNALS:
-        survived(figures, fault)
+        survived(leaving if fault == LEAVE else figures, fault)
 
 
 @pytest.mark.skipif(hindrance() is not None, reason=hindrance() or "")
@@ -103,7 +110,7 @@ async def test_a_killed_stage_with_a_warm_spare(tiny: str) -> None:
         async with asyncio.timeout(10):
             while not await ready():  # noqa: ASYNC110  other processes tell nobody
                 await asyncio.sleep(0.01)
-        swarm.processes[swarm.members()[stats.route[place].peer]].kill()
+        swarm.processes[swarm.members()[stats.route[place].peer]].send_signal(signal.SIGKILL)
         before_s = time.monotonic()
         async for piece in stream:
             tokens.append(piece.token)

@@ -2,7 +2,6 @@
 
 emulation        a network of places on this machine, each a namespace
 forwarder        the process that delays and paces its packets
-nursery          nodes in these places, forked where the libraries are loaded
 layouts          chains of nodes under measurement: what is predicted of them, and what they did
 settings         random swarms of unequal nodes and ways
 alone            a range of blocks in this process, computed as a node would

@@ -8,7 +8,6 @@ whoever comes later can remove what a process that was killed has left.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import math
@@ -27,12 +26,12 @@ from pathlib import Path
 from types import TracebackType
 
 from bsns.core.errors import BadOption, PeerFailed
+from bsns.node.zygote import set_network
 
 TUN = "/dev/net/tun"
 NAMESPACES = Path("/run/netns")
 MTU = 9000
 """Jumbo frames, for the forwarder's sake: it takes about 40 µs for a packet of whatever size."""
-CLONE_NEWNET = 0x40000000
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 ECHO = 64
 RECEIVE = 1 << 16
@@ -103,13 +102,9 @@ class Network:
         """The IPv4 address under which the other places reach this one."""
         return f"10.77.0.{place + 1}"
 
-    def namespace(self, place: int) -> str:
-        """The name of a place, for `enter`."""
-        return self._names[place]
-
-    def within(self, place: int) -> tuple[str, ...]:
-        """Words in front of a command that has to run in a place."""
-        return "ip", "netns", "exec", self._names[place]
+    def file(self, place: int) -> Path:
+        """The file of a place's namespace."""
+        return NAMESPACES / self._names[place]
 
     @contextlib.contextmanager
     def entered(self, place: int) -> Iterator[None]:
@@ -296,10 +291,10 @@ def _entered(name: str) -> Iterator[None]:
 
 
 def _setns(descriptor: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(descriptor, CLONE_NEWNET):
-        number = ctypes.get_errno()
-        raise BadOption(f"this process may not enter a network namespace: {os.strerror(number)}; use sudo")
+    try:
+        set_network(descriptor)
+    except OSError as error:
+        raise BadOption(f"this process may not enter a network namespace: {error.strerror}; use sudo") from error
 
 
 def _open_tun(name: str) -> int:

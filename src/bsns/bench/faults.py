@@ -29,7 +29,7 @@ CLIENT = 0
 
 def homes(network: Network, nodes: int) -> list[Home]:
     """Where the nodes of a swarm live in an emulated network, each in a place of its own."""
-    return [Home(network.address(place), network.within(place)) for place in range(1, nodes + 1)]
+    return [Home(network.address(place), network.file(place)) for place in range(1, nodes + 1)]
 
 
 class Faults:

@@ -143,9 +143,11 @@ class Bench:
         *,
         faults: Sequence[str] = tuple(SIGNALS),
         places: Collection[str] = tuple(PLACES),
+        sampling: Sequence[SamplingOptions] = (),
     ) -> dict[str, Any]:
-        """Every fault in every place, under greedy and seeded sampling."""
-        answers = [(options, await self._undisturbed(options)) for options in ((QUICK,) if quick else (GREEDY, SEEDED))]
+        """Every fault in every place, under greedy and seeded sampling, or as `sampling` says."""
+        sampling = sampling or ((QUICK,) if quick else (GREEDY, SEEDED))
+        answers = [(options, await self._undisturbed(options)) for options in sampling]
         cells: dict[tuple[str, str], Cell] = {}
         for fault in faults:
             for place in places:

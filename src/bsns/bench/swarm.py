@@ -16,18 +16,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import structlog
 
 from bsns.bench.emulation import Network, go_first, in_turn, measure
 from bsns.bench.layouts import Layout, as_plan, compared_speeds, measure_client_s, summary, until_answering
-from bsns.bench.nursery import Born, EmulatedSwarm, open_nursery
 from bsns.bench.settings import CLIENT, Setting, draw_settings
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import PeerTimedOut
+from bsns.core.errors import PeerError, PeerTimedOut
 from bsns.core.plan import Objective
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.model.shapes import shape_of
 from bsns.model.source import ModelSource, resolve
 from bsns.node.client import Client
+from bsns.node.local import Home, LocalSwarm
 from bsns.node.snapshots import observe_snapshot
 from bsns.planning.joining import equal_split
 from bsns.planning.network import chain_problem
@@ -46,15 +47,17 @@ PLAN_S = 3.0
 LOOK_S = 60.0
 """How long nodes may take to measure all their ways to each other."""
 
+AT_ONCE = 2
+"""Nodes that start at the same time, of which each shall have a core."""
+
 Told = Callable[[str], None]
+log = structlog.get_logger(__name__)
 
 
 async def bench_swarm(model: str, *, settings: int, seed: int, quick: bool, told: Told) -> dict[str, Any]:
     """Measure and report; keys as in docs/benchmarks.md. Raises BadOption where no network can be emulated."""
     load_before = os.getloadavg()[0]
     started_s = time.monotonic()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the nodes to be
-    open_nursery()
     told("looking at the model")
     source = await asyncio.to_thread(resolve, model)
     shape = shape_of(source, DTYPE)
@@ -155,22 +158,28 @@ class Bench:
         self, stack: AsyncExitStack, setting: Setting, ranges: Mapping[int, BlockRange]
     ) -> tuple[Client, str]:
         """Start the nodes that hold these ranges, and a client of theirs."""
-        nodes = [
-            Born(
-                place=node + 1,
-                arguments=(
-                    *("--blocks", str(blocks), "--host", self.network.address(node + 1), "--threads", "1"),
-                    *("--dtype", DTYPE, "--cache-tokens", str(NODE_TOKENS), "--", self.model),
-                ),
-                environment={VARIABLE: f"{setting.block_time_s[node] * 1e3:.4f}"},
-            )
-            for node, blocks in ranges.items()
-        ]
-        swarm = EmulatedSwarm(self.network, self.network.address(CLIENT), nodes)
+        swarm = LocalSwarm(self.model, (), dtype=DTYPE, own_home=Home(self.network.address(CLIENT)))
         await stack.enter_async_context(swarm)
+        numbers = sorted(ranges)
+        for first in range(0, len(numbers), AT_ONCE):
+            await asyncio.gather(
+                *(self._start(swarm, setting, node, ranges[node]) for node in numbers[first : first + AT_ONCE])
+            )
         client = await stack.enter_async_context(Client.on(swarm.peer, self.source, dtype=DTYPE))
         await until_answering(client)
         return client, swarm.peer.invite
+
+    async def _start(self, swarm: LocalSwarm, setting: Setting, node: int, blocks: BlockRange) -> None:
+        """Start a node; once more, as its owner would, if it met nobody in time: that happens on a busy machine."""
+        place = node + 1
+        slowness = {VARIABLE: f"{setting.block_time_s[node] * 1e3:.4f}"}
+        home = Home(self.network.address(place), self.network.file(place), slowness)
+        words = ("--blocks", str(blocks), "--cache-tokens", str(NODE_TOKENS))
+        try:
+            await swarm.add(blocks, words, home=home)
+        except PeerError as error:
+            log.warning("starting a node again", place=place, reason=error.message)
+            await swarm.add(blocks, words, home=home)
 
     async def _look(self, invite: str, setting: Setting) -> Snapshot:
         """The equally split swarm as it shows itself, its nodes in their order, with the memory they are to have.

@@ -32,6 +32,7 @@ from bsns.cli.files import read_file, write_file
 from bsns.cli.routing_options import Wire
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.words import several
+from bsns.node.processes import prepare
 
 if TYPE_CHECKING:
     from bsns.evaluation.comparison import Compared, Comparison
@@ -109,6 +110,8 @@ def evaluate(
             raise BadOption("--quant and --executor are for a local swarm; those who serve one choose their own")
         async with contextlib.AsyncExitStack() as stack:
             with doing("loading libraries", quiet=as_json) as say:
+                if swarm == LOCAL:
+                    prepare()
                 from bsns.evaluation.registry import TASKS
                 from bsns.model.source import resolve
 

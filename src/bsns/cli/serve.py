@@ -103,6 +103,7 @@ def serve(
     if leashed is not None:
         from bsns.node.leash import die_with_parent
 
+        leashed = leashed or os.getppid()  # whoever was forked is leashed already, and knows nobody's id
         die_with_parent(leashed)
     if threads:
         os.environ["OMP_NUM_THREADS"] = str(threads)

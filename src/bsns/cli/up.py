@@ -34,6 +34,7 @@ from bsns.cli.console import (
 from bsns.core.errors import BadOption
 from bsns.core.ids import short_names
 from bsns.core.words import several, size
+from bsns.node.processes import prepare
 
 if TYPE_CHECKING:
     from bsns.client.generate import Stats
@@ -95,6 +96,7 @@ def up(
             check_prompt(prompt)
         async with contextlib.AsyncExitStack() as stack:
             with doing("loading libraries", quiet=as_json) as say:
+                prepare()
                 from bsns.client.sampling import SamplingOptions
                 from bsns.model.source import resolve
                 from bsns.node.client import Client

@@ -33,6 +33,8 @@ from bsns.model.memory import give_back_freed
 from bsns.model.quantized import quantize_linears
 from bsns.model.tensors import TORCH_DTYPES
 
+WARM_ROWS = 128
+
 
 class Stage:
     """Blocks [start, end) of a model, ready to run batches. Not thread-safe: one caller at a time."""
@@ -179,17 +181,16 @@ def load_cut(
     return model
 
 
-def warm_up(path: Path, *, dtype: str, device: str = "cpu", quant: str = "none") -> None:
-    """Import and run for once what a stage of this model needs, so that the process takes what it takes without blocks.
+def warm_up(path: Path, block: int, *, dtype: str, device: str = "cpu", quant: str = "none") -> None:
+    """Load one block, run it and forget it: what is in memory then is what the process takes without blocks.
 
-    Raises CorruptModel, UnsupportedModel.
+    Less will not do: torch's code is some 150 MB, of which the system maps what has run. Raises as Stage does.
     """
-    config = load_config(path)
-    bypassed_layers(config, AutoModel, family_of(config.model_type))
-    layer = nn.Sequential(nn.Linear(64, 64)).to(TORCH_DTYPES[dtype])
-    _settle(layer, torch.device(device), TORCH_DTYPES[dtype], quant)
-    with torch.inference_mode():
-        layer(torch.ones(128, 64, device=device, dtype=TORCH_DTYPES[dtype]))
+    stage = Stage(path, BlockRange(block, block + 1), dtype=dtype, device=device, quant=quant)
+    rows = torch.zeros(WARM_ROWS, stage.hidden_size, dtype=stage.dtype)
+    stage.run(rows, [Segment(KVCache(WARM_ROWS), 0, 0, WARM_ROWS)])
+    del stage
+    give_back_freed()
 
 
 def _settle(layer: nn.Module, device: torch.device, dtype: torch.dtype, quant: str) -> None:

@@ -15,5 +15,7 @@ wires         which codec activations take on each way of a client's routes
 client        the public face for those who use a swarm
 trial         a short answer over the swarm as it is, beside what planning predicts
 local         a whole swarm of processes on this machine
+processes     processes of the `bsns` command, beside this one
+zygote        the process from which they are forked, with its libraries loaded
 leash         a process that must not outlive the one that started it
 """

@@ -56,7 +56,9 @@ def choose_executor(
     return choice
 
 
-def warm_up(choice: Choice, source: ModelSource, *, dtype: str, device: str, quant: str = "none") -> None:
+def warm_up(
+    choice: Choice, source: ModelSource, blocks: BlockRange, *, dtype: str, device: str, quant: str = "none"
+) -> None:
     """Bring the process to what it takes without any block: its libraries, and the code that they need to compute.
 
     Raises UnsupportedModel, CorruptModel.
@@ -64,7 +66,7 @@ def warm_up(choice: Choice, source: ModelSource, *, dtype: str, device: str, qua
     if choice.name == TORCH:
         from bsns.model.stage import warm_up
 
-        warm_up(source.path, dtype=dtype, device=device, quant=quant)
+        warm_up(source.path, blocks.start, dtype=dtype, device=device, quant=quant)
 
 
 def load_executor(

@@ -7,9 +7,9 @@ import contextlib
 import json
 import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +17,7 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, PeerFailed, PeerTimedOut, error_from_wire
 from bsns.core.ids import PeerId
 from bsns.node.peer import Listen, Peer
+from bsns.node.processes import Process, start
 
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 4.0
@@ -29,11 +30,12 @@ Told = Callable[[int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where in this machine's networks a process lives: the address it listens on, and the words that take it there,
-    in front of its command."""
+    """Where in this machine's networks a process lives: the address it listens on, and the file of its namespace, if
+    that is not ours; and what its environment has beside ours."""
 
     host: str = "127.0.0.1"
-    within: tuple[str, ...] = ()
+    network: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ class _Node:
     blocks: BlockRange
     words: tuple[str, ...]
     home: Home
-    process: asyncio.subprocess.Process
+    process: Process
     id: PeerId | None = None
     invite: str | None = None
     let_go: bool = False
@@ -98,7 +100,7 @@ class LocalSwarm:
         return self._peer
 
     @property
-    def processes(self) -> list[asyncio.subprocess.Process]:
+    def processes(self) -> list[Process]:
         """The nodes' processes: the founder's, if it has its own; in the order of the ranges; those that were added."""
         return [node.process for node in self._nodes]
 
@@ -207,21 +209,16 @@ class LocalSwarm:
         return self._homes[number] if self._homes else Home()
 
     async def _begin(self, blocks: BlockRange, words: tuple[str, ...], home: Home, invite: str | None) -> int:
-        number = len(self._nodes)
+        node = _Node(blocks, words, home, await self._spawn(words, home, invite))
+        number = len(self._nodes)  # now: others may have been added meanwhile
+        self._nodes.append(node)
         self._told(number, f"blocks {blocks}: starting")
-        self._nodes.append(_Node(blocks, words, home, await self._spawn(words, home, invite)))
         return number
 
-    async def _spawn(self, words: Sequence[str], home: Home, invite: str | None) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *(*home.within, sys.executable, "-m", "bsns.cli.main", "serve"),
-            *("--json", "--leashed", str(os.getpid()), "--host", home.host),
-            *(*self._arguments, *words, "--", self._model),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            env=os.environ | {"BSNS_INVITE": invite or "", "OMP_NUM_THREADS": str(self._threads)},
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        )
+    async def _spawn(self, words: Sequence[str], home: Home, invite: str | None) -> Process:
+        own = {"BSNS_INVITE": invite or "", "OMP_NUM_THREADS": str(self._threads)}
+        words = ("--json", "--host", home.host, *self._arguments, *words, "--", self._model)
+        return await start("serve", words, {**os.environ, **own, **home.environment}, home.network)
 
     def _place(self, blocks: BlockRange) -> tuple[str, ...]:
         if not self._movable:
@@ -273,7 +270,7 @@ def _how(status: int | None) -> str:
     return f"ended with status {status}"
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+async def _stop(process: Process) -> None:
     if process.returncode is None:
         await _end(process)
     if process.stdout is not None:  # read to its end, so that the pipe is closed before the event loop is
@@ -282,13 +279,13 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
                 await process.stdout.read()
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
     try:
         async with asyncio.timeout(STOP_DEADLINE_S):
             await process.wait()
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            process.send_signal(signal.SIGKILL)
         await process.wait()

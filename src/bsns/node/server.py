@@ -108,7 +108,7 @@ class Server:
         )
         if choice.reason:
             log.info("computing with torch", reason=choice.reason)
-        await asyncio.to_thread(warm_up, choice, source, dtype=dtype, device=device, quant=options.quant)
+        await asyncio.to_thread(warm_up, choice, source, blocks, dtype=dtype, device=device, quant=options.quant)
         cache_tokens = cache_tokens_of(options, source, blocks, block_bytes, kv_bytes, row_bytes)
         cache_bytes = cache_tokens * (kv_bytes * len(blocks) + row_bytes)
         room = room_of(options, source, cache_bytes, block_bytes, kv_bytes, row_bytes, planned_block_bytes)
