@@ -13,6 +13,7 @@ from typing import Any
 from bsns.client.finding import ChooseCodec, FindRoute
 from bsns.client.generate import Generator
 from bsns.client.sampling import SamplingOptions
+from bsns.client.speculation import Guesser
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
 from bsns.model.ends import Ends
@@ -137,6 +138,7 @@ class MemorySwarm:
         name: str | None = None,
         warm_spares: bool = False,
         choose_codec: ChooseCodec = lambda sender, receiver: RAW,
+        guesser: Callable[[], Guesser] | None = None,
     ) -> Generator:
         """A client that finds its routes in the directory, or always takes `route`."""
         dtype = str(ends.dtype).removeprefix("torch.")
@@ -166,6 +168,7 @@ class MemorySwarm:
             release=view.release if route is None else lambda route: None,
             blame=view.blame,
             warm_spares=warm_spares,
+            guesser=guesser,
         )
         self.clients.append((generator, transport))
         return generator

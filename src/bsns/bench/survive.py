@@ -90,11 +90,14 @@ async def _bench(model: str, source: ModelSource, quick: bool, seed: int, told: 
     """What signals do, and the rates."""
     ranges = ranges_of(source.block_count)
     told(f"starting {len(ranges)} nodes")
-    async with LocalSwarm(model, ranges, dtype=DTYPE) as swarm, Client.on(swarm.peer, source, dtype=DTYPE) as client:
+    async with (
+        LocalSwarm(model, ranges, dtype=DTYPE) as swarm,
+        Client.on(swarm.peer, source, dtype=DTYPE, speculate=False) as client,
+    ):
         bench = Bench(swarm, client)
         figures = await bench.cells(quick, told)
         figures |= await bench.rates(quick, seed, told)
-        async with Client.on(swarm.peer, source, dtype=DTYPE, warm_spares=True) as client:
+        async with Client.on(swarm.peer, source, dtype=DTYPE, warm_spares=True, speculate=False) as client:
             told("the same with warm spares")
             figures["warm"] = await Bench(swarm, client).cells(quick, told, faults=WARM_FAULTS, places=WARM_PLACES)
         return figures
@@ -109,7 +112,7 @@ async def _bench_cut(model: str, source: ModelSource, quick: bool, told: Told) -
             own_home, places = Home(network.address(CLIENT)), homes(network, len(ranges))
             swarm = LocalSwarm(model, ranges, dtype=DTYPE, homes=places, own_home=own_home)
             await stack.enter_async_context(swarm)
-            client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE))
+            client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE, speculate=False))
             return await Bench(swarm, client, network).cells(quick, told, faults=(CUT,))
 
 

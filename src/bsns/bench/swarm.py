@@ -165,7 +165,7 @@ class Bench:
             await asyncio.gather(
                 *(self._start(swarm, setting, node, ranges[node]) for node in numbers[first : first + AT_ONCE])
             )
-        client = await stack.enter_async_context(Client.on(swarm.peer, self.source, dtype=DTYPE))
+        client = await stack.enter_async_context(Client.on(swarm.peer, self.source, dtype=DTYPE, speculate=False))
         await until_answering(client)
         return client, swarm.peer.invite
 

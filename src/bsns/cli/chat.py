@@ -37,6 +37,7 @@ def chat(
     weights: routing.Weights = None,
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
+    speculate: routing.Speculate = True,
     temperature: sampling.Temperature = 0.7,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 0.95,
@@ -72,6 +73,7 @@ def chat(
                 weights=weights,
                 warm_spares=warm_spares,
                 wire=wire,
+                speculate=speculate,
             )
             say("joining the swarm")
             await client.__aenter__()

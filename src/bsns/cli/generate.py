@@ -37,6 +37,7 @@ def generate(
     weights: routing.Weights = None,
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
+    speculate: routing.Speculate = True,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -78,6 +79,7 @@ def generate(
                 weights=weights,
                 warm_spares=warm_spares,
                 wire=wire,
+                speculate=speculate,
             )
             say("joining the swarm")
             await client.__aenter__()

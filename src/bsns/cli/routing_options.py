@@ -21,6 +21,14 @@ WarmSpares = Annotated[
         help="Let other nodes compute every step along, so that a lost node is replaced at once. Costs as much again.",
     ),
 ]
+Speculate = Annotated[
+    bool,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess the next tokens from what stood before, and have them checked along where that saves time. Answers "
+        "are the same.",
+    ),
+]
 Wire = Annotated[
     Literal["auto", "none", "bf16", "int8", "int8-dyn", "int8-rot", "int4"],
     typer.Option(

@@ -8,13 +8,14 @@ them to a thread and back costs 0.1 ms a token; long ones (large vocabularies, m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
 from bsns.client.sampling import SamplingOptions, sample
+from bsns.client.speculation import Guesser
 from bsns.compression.rows import encode
 from bsns.core.errors import BsnsError
 from bsns.core.ids import SessionId
@@ -39,6 +40,9 @@ class Answer:
     """Of the answer."""
     codec: str = RAW
     """Of what is sent into its route."""
+    guesser: Guesser | None = None
+    guesses: list[int] = field(default_factory=list)
+    """Tokens that were sent along after the newest, to be checked."""
     finished: str | None = None
     """`stop` or `length` once the last token is chosen."""
     sent_s: float = 0.0
@@ -55,10 +59,30 @@ class Answer:
             self.finished = "length"
         return token
 
+    def draw(self, logits_RV: torch.Tensor) -> list[int]:
+        """Take the next tokens: one, and one more for each guess that was right. `logits_RV`: of the newest token and
+        of each guess after it."""
+        drawn: list[int] = []
+        for guess, logits_V in zip([*self.guesses, None], logits_RV, strict=True):
+            drawn.append(self.choose(logits_V))
+            if self.finished is not None or drawn[-1] != guess:
+                break
+        return drawn
+
+    def guess(self, right: int, now_s: float) -> None:
+        """Guess what follows, as far as the answer may go; so many of the guesses before were right."""
+        if self.guesser is None:
+            return
+        if len(self.turns_ms) > 1:  # the first is the prompt's
+            computing_ms = sum(computed_ms for _, computed_ms in self.turns_ms[-1][1])
+            self.guesser.took(1 + len(self.guesses), right, now_s - self.sent_s, computing_ms / 1e3)
+        left = self.max_tokens - (len(self.tokens) - self.prompt_tokens)
+        self.guesses = self.guesser.guess(self.tokens, left - 1)
+
 
 @dataclass(slots=True)
 class Arrived:
-    """The last stage's row for an answer's newest position."""
+    """The last stage's rows for an answer's newest token and the guesses after it."""
 
     answer: Answer
     hidden: Buffer
@@ -67,12 +91,14 @@ class Arrived:
 
 @dataclass(slots=True)
 class Turned:
-    """What a turn gives one answer: its next token, and the activations to step with unless it was the last."""
+    """What a turn gives one answer: its next tokens, and the activations to step with unless it has ended."""
 
     answer: Answer
-    token: int
+    tokens: list[int]
+    guesses: list[int]
+    """What is to be sent along after the last of them."""
     hidden: Buffer | None
-    """In its answer's codec."""
+    """Of the last and the guesses, in its answer's codec."""
     finished: str | None
 
 
@@ -166,25 +192,42 @@ class Decoder:
 
     def _choose(self, arrived: list[Arrived]) -> list[Turned]:
         now_s = self._now_s()
-        logits_NV = self._logits([item.hidden for item in arrived], len(arrived))
-        chosen: list[tuple[Answer, int]] = []
-        for item, logits_V in zip(arrived, logits_NV, strict=True):
+        counts = [1 + len(item.answer.guesses) for item in arrived]
+        logits_NV = self._logits([item.hidden for item in arrived], sum(counts))
+        drawn: list[tuple[Answer, list[int]]] = []
+        for item, logits_RV in zip(arrived, logits_NV.split_with_sizes(counts), strict=True):
             item.answer.turns_ms.append(((now_s - item.answer.sent_s) * 1e3, item.hops))
             try:
-                chosen.append((item.answer, item.answer.choose(logits_V)))
+                drawn.append((item.answer, item.answer.draw(logits_RV)))
             except BsnsError as error:  # one route's bad numbers are not the other answers' trouble
                 self._loop.call_soon_threadsafe(self._on_failed, [item.answer], error)
-        running = [answer for answer, _ in chosen if answer.finished is None]
+        running = [answer for answer, _ in drawn if answer.finished is None]
+        drawn_s = self._now_s()
+        for answer, tokens in drawn:
+            if answer.finished is None:
+                answer.guess(len(tokens) - 1, drawn_s)
         rows: dict[int, Buffer] = {}
         for codec in {answer.codec for answer in running}:
             members = [answer for answer in running if answer.codec == codec]
-            hidden = self._coded([a.tokens[-1] for a in members], [len(a.tokens) - 1 for a in members], codec)
-            row_bytes = memoryview(hidden).nbytes // len(members)
-            rows |= {id(a): hidden[i * row_bytes : (i + 1) * row_bytes] for i, a in enumerate(members)}
+            rows |= zip(map(id, members), self._lines(members, codec), strict=True)
         sent_s = self._now_s()
         for answer in running:
             answer.sent_s = sent_s
-        return [Turned(answer, token, rows.get(id(answer)), answer.finished) for answer, token in chosen]
+        return [
+            Turned(answer, tokens, answer.guesses, rows.get(id(answer)), answer.finished) for answer, tokens in drawn
+        ]
+
+    def _lines(self, answers: Sequence[Answer], codec: str) -> Iterator[Buffer]:
+        """For each answer the activations of its newest token and its guesses."""
+        lines = [answer.tokens[-1:] + answer.guesses for answer in answers]
+        places = [len(a.tokens) - 1 + at for a, line in zip(answers, lines, strict=True) for at in range(len(line))]
+        hidden = self._coded([token for line in lines for token in line], places, codec)
+        row_bytes = memoryview(hidden).nbytes // len(places)
+        start = 0
+        for line in lines:
+            end = start + len(line) * row_bytes
+            yield hidden[start:end]
+            start = end
 
     def _logits(self, pieces: Sequence[Buffer], rows: int) -> torch.Tensor:
         hidden = pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from bsns.core.errors import BsnsError, PeerSlow, PeerTimedOut, UnknownSession
 from bsns.core.ids import PeerId
 from bsns.protocol.inference import There
@@ -45,18 +47,22 @@ class Progress:
 
     def fault(
         self,
-        sent: int,
+        span: tuple[int, int],
         onward: tuple[int, int],
         route: Sequence[PeerId],
         there: Mapping[PeerId, There],
         usual_s: float,
         now_s: float,
     ) -> tuple[PeerId, BsnsError] | None:
-        """The first stage that is at fault, if one is by now. `sent`: tokens that the first has been sent, and `onward`
-        the bytes, as in There.
+        """The first stage that is at fault, if one is by now. `span`: how many tokens have come through all of
+        them, and how many the first has been sent; `onward` the bytes, as in There.
+
+        What a stage has beyond what was sent are guesses that were wrong: it has not heard of those that came after.
 
         `usual_s`: what a turn takes otherwise, 0 where that is not known.
         """
+        through, sent = span
+        there = {peer: _without_wrong_guesses(now, through, sent) for peer, now in there.items()}
         still_s: dict[PeerId, float] = {}
         lacks_s: dict[PeerId, float] = {}
         """For how long a stage lacks what the one before has sent, where that is not on its way over a slow one."""
@@ -86,3 +92,8 @@ class Progress:
         if before >= sent and min(still_s.values()) >= LATE_S:
             return route[-1], PeerTimedOut(f"node {route[-1]} has computed the step, but its answer does not come")
         return None
+
+
+def _without_wrong_guesses(there: There, through: int, sent: int) -> There:
+    given, done = (through if at > sent else at for at in (there.given, there.done))
+    return msgspec.structs.replace(there, given=given, done=done) if there.given > sent or there.done > sent else there

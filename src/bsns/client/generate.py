@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from bsns.client.repair import Repairs
 from bsns.client.sampling import SamplingOptions
 from bsns.client.session import Session
 from bsns.client.spares import Spares
+from bsns.client.speculation import Guesser
 from bsns.client.watch import patience_s
 from bsns.compression.rows import NotFinite, decode
 from bsns.core.errors import (
@@ -124,8 +125,10 @@ class Generator:
         clock: Clock = MACHINE_CLOCK,
         short_turn_s: float = SHORT_S,
         warm_spares: bool = False,
+        guesser: Callable[[], Guesser] | None = None,
     ) -> None:
-        """`warm_spares`: other nodes compute every answer's stages along, where there are such."""
+        """`warm_spares`: other nodes compute every answer's stages along, where there are such. `guesser`: makes
+        one for each answer, whose guesses at the next tokens are sent along (client.speculation)."""
         self.prompts = prompts
         self.context_tokens = context_tokens
         self._model = model
@@ -148,6 +151,7 @@ class Generator:
             short_s=short_turn_s,
         )
         self._warm_spares = warm_spares
+        self._guesser = guesser
         self._spares = Spares(find_route, release, blame, self._send_rows)
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
         self._readers: dict[SessionId, Reader] = {}
@@ -194,9 +198,10 @@ class Generator:
         started_s = first_s = self._clock.now_s()
         session = await self._open(len(tokens) + max_tokens)
         end_tokens, codec = self.prompts.end_tokens, session.takes
-        answer = Answer(session.id, options, end_tokens, list(tokens), len(tokens), max_tokens, codec)
+        guesser = self._guesser() if self._guesser is not None else None
+        answer = Answer(session.id, options, end_tokens, list(tokens), len(tokens), max_tokens, codec, guesser)
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
-        reader = self._readers[session.id] = Reader(session, answer.tokens, answer)
+        reader = self._readers[session.id] = Reader(session, tokens, answer)
         try:
             answer.sent_s = self._clock.now_s()
             await self._feed(reader)
@@ -206,21 +211,22 @@ class Generator:
             while True:
                 turned = await self._hear(reader, Turned, 0.0 if stats.tokens else self._clock.now_s() - started_s)
                 now_s = self._clock.now_s()
-                stats.tokens += 1
-                if stats.tokens == 1:
+                if not stats.tokens:
                     stats.ttft_ms, first_s = (now_s - started_s) * 1e3, now_s
                 stats.decode_s = now_s - first_s
-                text = detokenizer.push(turned.token) if turned.token not in answer.end_tokens else ""
-                if turned.finished:
-                    text += detokenizer.flush()
-                text, stopped = matcher.push(text)
-                if stopped:
-                    yield Piece(text, turned.token, "stop")
-                    return
-                if turned.finished:
-                    yield Piece(text + matcher.flush(), turned.token, turned.finished)
-                    return
-                yield Piece(text, turned.token)
+                for token, finished in _with_end(turned):
+                    stats.tokens += 1
+                    text = detokenizer.push(token) if token not in answer.end_tokens else ""
+                    if finished:
+                        text += detokenizer.flush()
+                    text, stopped = matcher.push(text)
+                    if stopped:
+                        yield Piece(text, token, "stop")
+                        return
+                    if finished:
+                        yield Piece(text + matcher.flush(), token, finished)
+                        return
+                    yield Piece(text, token)
         finally:
             stats.route = session.route
             self._end(reader)
@@ -355,17 +361,19 @@ class Generator:
             if again_from is not None:
                 reader.sent = again_from
             link = reader.session.first
-            while (start := reader.sent) < (goal := reader.goal) and reader.session.first is link:
-                end = min(start + CHUNK_ROWS, goal)
+            while (start := reader.sent) < reader.goal and reader.session.first is link:
+                end, turns = reader.next_end(), reader.turns
                 codec = reader.session.takes
-                hidden = await self._decoder.embed(reader.tokens[start:end], start, codec)
+                hidden = await self._decoder.embed(reader.line(start, end), start, codec)
                 if reader.session.first is not link:
                     return  # whoever put another in its place begins again
+                if reader.turns != turns:
+                    continue  # some of the guesses were wrong
+                wanted = reader.wanted if end == reader.goal else 0
                 reader.sent = end
-                self._spares.fed(reader)
+                self._spares.fed(reader, start)
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        wanted = reader.wanted if end == goal else 0
                         await link.send(*self._step([(reader.session.id, start, end - start, wanted, hidden)], codec))
                 except TimeoutError:
                     late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
@@ -378,7 +386,7 @@ class Generator:
     async def _send_rows(self, reader: Reader, link: Link, start: int, end: int) -> None:
         """Send a reader's tokens to a node that computes them along. Raises PeerLost, PeerTimedOut."""
         codec = reader.session.takes
-        hidden = await self._decoder.embed(reader.tokens[start:end], start, codec)
+        hidden = await self._decoder.embed(reader.line(start, end), start, codec)
         try:
             async with asyncio.timeout(self._deadline_s):
                 await link.send(*self._step([(reader.session.id, start, end - start, 0, hidden)], codec))
@@ -446,7 +454,7 @@ class Generator:
                     continue  # it was given up, and is late
                 raise BadTensor(f"{peer} answered session {part.session}, of which it is not the last stage")
             end, goal = part.position + part.rows, reader.goal
-            if end <= reader.through:
+            if end <= reader.through or (part.wanted and not reader.due) or end - part.wanted < reader.through:
                 continue  # it came twice: once before a repair, once after
             if not part.wanted and end < goal:
                 reader.came_through(end)
@@ -466,10 +474,11 @@ class Generator:
                 lost = PeerLost(f"node {peer} broke the protocol: it answered with scales that are no numbers")
                 self._on_failure(part.session, lost.about(peer))
                 continue
-            reader.came_through(end)
             if reader.answer is None:
+                reader.came_through(end)
                 reader.heard.put_nowait(memoryview(rows))
             else:
+                reader.due = False
                 arrived.append(Arrived(reader.answer, rows, part.hops))
 
     def _on_turned(self, turned: list[Turned]) -> None:
@@ -479,12 +488,12 @@ class Generator:
             reader = self._readers.get(item.answer.session)
             if reader is None:
                 continue  # it has gone
-            position = len(item.answer.tokens) - 1
+            reader.turn(item.tokens, item.guesses)
             # where the first stage is being replaced, whoever feeds the new one sends this as well
-            if item.hidden is not None and reader.sent == position and not reader.feeding.locked():
-                reader.sent += 1
-                self._spares.fed(reader)
-                step = (item.answer.session, position, 1, 1, item.hidden)
+            if item.hidden is not None and reader.sent == reader.through and not reader.feeding.locked():
+                self._spares.fed(reader, reader.sent)
+                step = (item.answer.session, reader.sent, reader.wanted, reader.wanted, item.hidden)
+                reader.sent = reader.goal
                 groups[reader.session.first, item.answer.codec].append(step)
             reader.heard.put_nowait(item)
         for (link, codec), steps in groups.items():
@@ -547,3 +556,10 @@ class Generator:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _with_end(turned: Turned) -> Iterator[tuple[int, str | None]]:
+    """A turn's tokens, the last with why the answer ended, if it did."""
+    for token in turned.tokens[:-1]:
+        yield token, None
+    yield turned.tokens[-1], turned.finished

@@ -22,14 +22,20 @@ class Reader:
 
     def __init__(self, session: Session, tokens: Sequence[int], answer: Answer | None = None) -> None:
         self.session = session
-        self.tokens = tokens
-        """All of a text; of an answer those so far, as its decoder adds them."""
+        self.tokens = list(tokens)
+        """All of a text; of an answer those so far."""
+        self.guesses: list[int] = []
+        """What is sent along after the last of them, to be checked."""
+        self.turns = 0
+        """How often there were new ones."""
+        self.due = True
+        """Whether the rows that are wanted have not come yet."""
         self.answer = answer
         self.heard: asyncio.Queue[Turned | memoryview | BsnsError | None] = asyncio.Queue()
         self.limit = 0 if answer is None else math.inf
         """How many of the tokens may be sent by now."""
         self.wanted = 1
-        """How many rows the last of them shall bring back."""
+        """How many rows the last of them, and the guesses, shall bring back."""
         self.sent = 0
         """How many tokens have been sent into the route as it is now."""
         self.through = 0
@@ -63,7 +69,26 @@ class Reader:
         self.deaf_since_s = None
         self.progress.clear()
 
+    def turn(self, tokens: Sequence[int], guesses: list[int]) -> None:
+        """An answer has new tokens. What was sent of guesses that were wrong is to be sent again."""
+        self.tokens += tokens
+        self.guesses, self.wanted, self.due = guesses, 1 + len(guesses), True
+        self.turns += 1
+        self.came_through(len(self.tokens) - 1)
+        self.sent = min(self.sent, self.through)
+
     @property
     def goal(self) -> int:
-        """How many tokens are to come through."""
-        return int(min(self.limit, len(self.tokens)))
+        """How many tokens are to come through, guesses among them."""
+        return int(min(self.limit, len(self.tokens) + len(self.guesses)))
+
+    def line(self, start: int, end: int) -> list[int]:
+        """The tokens [start, end), and the guesses after them."""
+        beyond = len(self.tokens)
+        return self.tokens[start:end] + self.guesses[max(0, start - beyond) : max(0, end - beyond)]
+
+    def next_end(self) -> int:
+        """Where the next step may end: at the end of a chunk, but the rows that are wanted are in one step."""
+        goal = self.goal
+        end = min(self.sent + CHUNK_ROWS, goal)
+        return end if end == goal else min(end, goal - self.wanted)

@@ -136,10 +136,12 @@ class Spares:
         spares = held.spares.values() if held is not None else ()
         return {spare.hop.peer for spare in spares if spare.link is None or spare.leading}
 
-    def fed(self, reader: Reader) -> None:
-        """The reader's first stage has been sent something."""
+    def fed(self, reader: Reader, position: int) -> None:
+        """The reader's first stage is sent something from this position on: what was there before is no more."""
         held = self._held.get(reader.session.id)
         if held is not None:
+            for spare in held.spares.values():
+                spare.sent = min(spare.sent, position)
             held.fed.set()
 
     def heard(self, reader: Reader, teller: PeerId, error: BsnsError) -> bool:
@@ -264,9 +266,8 @@ class Spares:
             while True:
                 held.fed.clear()
                 while spare.sent < reader.sent:
-                    end = min(spare.sent + CHUNK_ROWS, reader.sent)
-                    await self._send_rows(reader, spare.link, spare.sent, end)
-                    spare.sent = end
+                    start, spare.sent = spare.sent, min(spare.sent + CHUNK_ROWS, reader.sent)
+                    await self._send_rows(reader, spare.link, start, spare.sent)
                 await held.fed.wait()
         except BsnsError as error:
             spare.feeding = None

@@ -35,19 +35,26 @@ class Watch:
 
     async def look(self, reader: Reader) -> None:
         """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
-        if reader.mending is not None:
+        if reader.mending is not None or not reader.due:
             return
-        sent, route = reader.sent, reader.session.route
+        sent, route, turns = reader.sent, reader.session.route, reader.turns
         there, silent, answering = await self._ask_all(reader)
         own_network = await self._is_own_network(reader, answering)
-        if own_network or reader.mending is not None or reader.session.route is not route or reader.through >= sent:
+        if own_network or reader.mending is not None or reader.session.route is not route:
             return
+        if not reader.due or reader.turns != turns or reader.through >= sent:
+            return  # it goes on
         if silent:
             await self._lose_all(reader, silent)
             return
         usual_s = reader.pace.usual_s or (reader.pace.said_s if sent - reader.through == 1 else 0.0)
         found = reader.progress.fault(
-            sent, reader.session.first.sent(), [hop.peer for hop in route], there, usual_s, self._clock.now_s()
+            (reader.through, sent),
+            reader.session.first.sent(),
+            [hop.peer for hop in route],
+            there,
+            usual_s,
+            self._clock.now_s(),
         )
         if found is not None:
             peer, error = found

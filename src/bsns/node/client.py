@@ -20,6 +20,7 @@ import torch
 from bsns.client.generate import Generator, Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
+from bsns.client.speculation import Lookup
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.ids import PeerId
@@ -53,6 +54,7 @@ class Client:
         weights: Weights | str | None = None,
         warm_spares: bool = False,
         wire: str = AUTO,
+        speculate: bool = True,
     ) -> None:
         """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
 
@@ -64,6 +66,9 @@ class Client:
 
         `wire`: the codec of activations on their way (node.wires): `auto` takes int8 on ways where that is faster and
         the numbers as they are on others. Raises BadOption.
+
+        `speculate`: guesses at the next tokens are checked along with each, where that saves time (client.speculation);
+        answers are the same.
         """
         self._invite = invite
         self._model = model
@@ -75,6 +80,7 @@ class Client:
         self._warm_spares = warm_spares
         check_wire(wire)
         self._wire = wire
+        self._speculate = speculate
         self._measuring: asyncio.Task[None] | None = None
         self._peer: Peer | None = None
         self._owns_peer = True
@@ -92,9 +98,18 @@ class Client:
         threads: int = 1,
         warm_spares: bool = False,
         wire: str = AUTO,
+        speculate: bool = True,
     ) -> Client:
         """A client in a process that is a member of the swarm already; closing it leaves the peer running."""
-        client = cls(peer.invite, source.name, dtype=dtype, threads=threads, warm_spares=warm_spares, wire=wire)
+        client = cls(
+            peer.invite,
+            source.name,
+            dtype=dtype,
+            threads=threads,
+            warm_spares=warm_spares,
+            wire=wire,
+            speculate=speculate,
+        )
         client._peer, client._owns_peer, client._source = peer, False, source
         return client
 
@@ -227,6 +242,7 @@ class Client:
             release=view.release,
             blame=view.blame,
             warm_spares=self._warm_spares,
+            guesser=Lookup if self._speculate else None,
         )
         self._measuring = asyncio.create_task(wires.run())
 

@@ -34,6 +34,8 @@ class Replay:
         self.onward = onward
         """Whether it goes to the next stage: then it ends where it has caught up, and steps go there themselves."""
         self.rewinds = 0
+        """Since the journal was last overwritten further on than ever before: who makes progress is no ring."""
+        self.furthest = -1
         self.connected = False
         self.written = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -109,6 +111,8 @@ class Replays:
         if position >= replay.position:
             return
         replay.position, replay.rewinds = position, replay.rewinds + 1
+        if position > replay.furthest:
+            replay.furthest, replay.rewinds = position, 0
         if replay.rewinds <= MAX_REWINDS:
             return
         # a ring of stages would keep itself busy for ever

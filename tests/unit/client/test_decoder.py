@@ -81,10 +81,10 @@ async def test_a_turn_serves_all_that_arrived(desk: Desk) -> None:
     turned = await desk.turn()
     assert [item.answer for item in turned] == answers
     for item, hidden, length in zip(turned, rows, (2, 5, 9), strict=True):
-        assert item.token == best(desk, hidden) == item.answer.tokens[-1]
+        assert item.tokens == [best(desk, hidden)] == item.answer.tokens[-1:]
         assert (item.finished, len(item.answer.tokens)) == (None, length + 1)
         assert item.hidden is not None
-        expected = desk.ends.embed(torch.tensor([item.token]), torch.tensor([length]))
+        expected = desk.ends.embed(torch.tensor(item.tokens), torch.tensor([length]))
         assert torch.equal(to_tensor(item.hidden, "float32", (1, HIDDEN)), expected)
         ((total_ms, said_hops),) = item.answer.turns_ms
         assert total_ms >= 0
@@ -110,7 +110,7 @@ async def test_numbers_that_are_none_fail_their_answer_alone(desk: Desk) -> None
     desk.decoder.submit([Arrived(a, h) for a, h in zip(answers, (good, nothing, good), strict=True)])
     turned = await desk.turn()
     assert [item.answer for item in turned] == [answers[0], answers[2]]
-    assert [item.token for item in turned] == [best(desk, good)] * 2
+    assert [item.tokens for item in turned] == [[best(desk, good)]] * 2
     async with asyncio.timeout(DEADLINE_S):
         failed, error = await desk.failures.get()
     assert isinstance(error, PeerFailed)

@@ -10,14 +10,14 @@ from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.inference import There
 
 ROUTE = [PeerId(name) for name in "abc"]
-SENT = 10
+THROUGH, SENT = 9, 10
 Look = tuple[tuple[int, int], ...]
 
 
 def judged(*looks: Look, usual_s: float = 0.02) -> tuple[str, type[BsnsError]] | None:
     progress, found = Progress(), None
     for number, look in enumerate(looks):
-        found = progress.fault(SENT, (0, 0), ROUTE, _there(look), usual_s, 0.5 * number)
+        found = progress.fault((THROUGH, SENT), (0, 0), ROUTE, _there(look), usual_s, 0.5 * number)
     return found and (found[0], type(found[1]))
 
 
@@ -61,7 +61,7 @@ def test_what_is_on_its_way_over_a_slow_one_is_not_late() -> None:
                 peer: There(SessionId(1), *far, onward)
                 for peer, far, onward in zip(ROUTE, (ALL, (4, 4), (4, 4)), (bytes_, (0, 0), (0, 0)), strict=True)
             }
-            found = progress.fault(SENT, (0, 0), ROUTE, there, 0.02, 0.5 * number)
+            found = progress.fault((THROUGH, SENT), (0, 0), ROUTE, there, 0.02, 0.5 * number)
         return found
 
     assert judged_at((900, 100), (900, 200), (900, 300)) is None
@@ -72,11 +72,11 @@ def test_what_is_on_its_way_over_a_slow_one_is_not_late() -> None:
 def test_a_prompt_on_its_way_to_the_first_stage_is_not_late_for_a_while() -> None:
     far = {peer: There(SessionId(1), 4, 4) for peer in ROUTE}
     progress = Progress()
-    assert progress.fault(SENT, (900, 100), ROUTE, far, 0.02, 0.0) is None
-    assert progress.fault(SENT, (900, 200), ROUTE, far, 0.02, 0.5) is None
-    assert progress.fault(SENT, (900, 200), ROUTE, far, 0.02, 1.0) is not None
+    assert progress.fault((THROUGH, SENT), (900, 100), ROUTE, far, 0.02, 0.0) is None
+    assert progress.fault((THROUGH, SENT), (900, 200), ROUTE, far, 0.02, 0.5) is None
+    assert progress.fault((THROUGH, SENT), (900, 200), ROUTE, far, 0.02, 1.0) is not None
     progress = Progress()
-    looks = [progress.fault(SENT, (900, 100 + look), ROUTE, far, 0.02, look) for look in range(20)]
+    looks = [progress.fault((THROUGH, SENT), (900, 100 + look), ROUTE, far, 0.02, look) for look in range(20)]
     assert looks[: int(MOVING_S)] == [None] * int(MOVING_S), "it leaves"
     assert looks[-1] is not None, "it only seems to"
 
@@ -84,7 +84,10 @@ def test_a_prompt_on_its_way_to_the_first_stage_is_not_late_for_a_while() -> Non
 def test_who_has_waited_for_the_one_before_has_a_moment_to_get_the_step() -> None:
     progress = Progress()
     looks = [(ALL, (10, 9), (9, 9)), (ALL, ALL, (9, 9)), (ALL, ALL, (9, 9))]
-    found = [progress.fault(SENT, (0, 0), ROUTE, _there(look), 1.0, 0.5 * number) for number, look in enumerate(looks)]
+    found = [
+        progress.fault((THROUGH, SENT), (0, 0), ROUTE, _there(look), 1.0, 0.5 * number)
+        for number, look in enumerate(looks)
+    ]
     assert found[:2] == [None, None]
     assert found[2] is not None
 
@@ -95,15 +98,35 @@ def test_after_a_repair_progress_is_seen_anew() -> None:
     before = {
         peer: There(SessionId(1), *far, (9000, 9000)) for peer, far in zip(ROUTE, (ALL, ALL, (9, 9)), strict=True)
     }
-    progress.fault(SENT, (0, 0), ROUTE, before, 0.02, 0.0)
+    progress.fault((THROUGH, SENT), (0, 0), ROUTE, before, 0.02, 0.0)
     progress.clear()
     for look, taken in enumerate((100, 200, 300)):
         there = {
             peer: There(SessionId(1), *far, onward)
             for peer, far, onward in zip(ROUTE, (ALL, ALL, (9, 9)), ((0, 0), (900, taken), (0, 0)), strict=True)
         }
-        assert progress.fault(SENT, (0, 0), ROUTE, there, 0.02, 0.5 + 0.5 * look) is None
+        assert progress.fault((THROUGH, SENT), (0, 0), ROUTE, there, 0.02, 0.5 + 0.5 * look) is None
 
 
 def _there(look: Look) -> dict[PeerId, There]:
     return {peer: There(SessionId(1), *far) for peer, far in zip(ROUTE, look, strict=True)}
+
+
+STALE = (14, 14)
+"""What a stage has of guesses that were wrong, which is more than there is now."""
+
+
+@pytest.mark.parametrize(
+    ("look", "expected"),
+    [
+        ((STALE, STALE, STALE), "a"),
+        ((ALL, STALE, STALE), "b"),
+        ((ALL, ALL, STALE), "c"),
+        ((ALL, ALL, (10, 14)), "c"),
+    ],
+)
+def test_wrong_guesses_are_no_progress(look: Look, expected: str) -> None:
+    """Who holds more than was sent has not heard of the step that came after: whoever lacks it first is to blame."""
+    found = judged(look, look, look, look)
+    assert found is not None
+    assert found[0] == expected

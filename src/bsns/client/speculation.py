@@ -1,0 +1,140 @@
+"""Speculation: guesses at the next tokens, which the swarm checks in the step that brings the next token anyway. Pure.
+
+A step costs the ways between the stages and the reading of their weights, whether it has one row or sixteen. So the
+client sends guesses along, and takes from what comes back as many tokens as it would have drawn itself: each is drawn
+from its own row's logits, with the randomness of its own position, and the first that is not what was guessed ends it.
+The answer is therefore the same, token for token, as without guesses, greedy or sampled; of rejection sampling
+(Leviathan et al. 2023, Chen et al. 2023) that is the case of a guesser that is certain, and no less is accepted.
+
+Guesses are what followed the last few tokens where they stood before (prompt lookup, Saxena 2023). How many are sent
+depends on how many were right lately, and on what a row more takes: where that is too much, none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+LONGEST, SHORTEST = 4, 2
+"""Tokens that have to have stood before, in this order, for what followed them to be guessed."""
+MOST = 64
+"""Guesses in one step."""
+PRIORS = {4: 0.8, 3: 0.6, 2: 0.4}
+"""How often a guess is taken to be right before anything is known, by how many tokens stood before."""
+PRIOR_WEIGHT = 1.0
+FORGETS = 0.95
+"""What the outcome of a step counts in the next, and FORGETS_IDLY what it counts after a token without guesses: who is
+always wrong tries again every twenty tokens or so."""
+FORGETS_IDLY = 0.99
+ROW_SHARE = 0.1
+"""What a row more takes of what one takes to compute, before it is known."""
+LEARNS = 0.25
+"""How much the latest step changes what is known of all."""
+GAIN = 1.03
+"""Guesses have to promise so much more than none."""
+
+
+class Guesser(Protocol):
+    """One answer's guesses."""
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        """What might follow these tokens, the prompt's and the answer's: `most` at the most."""
+        ...
+
+    def took(self, rows: int, right: int, step_s: float, computing_s: float) -> None:
+        """A step of `rows` rows, one more than guesses, of which the first `right` were right, has taken so long, and
+        its stages so long of that to compute it."""
+        ...
+
+
+class Lookup:
+    """Guesses what followed before."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int, ...], int] = {}
+        """Where what follows some tokens begins, the last time they stood there."""
+        self._read = 0
+        self._matched = 0
+        """How many tokens stood before, of the guesses that are under way."""
+        self._tried = dict.fromkeys(PRIORS, 0.0)
+        self._right = dict.fromkeys(PRIORS, 0.0)
+        self.cost = Cost()
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        self._read_on(tokens)
+        self._matched = 0
+        for length in range(LONGEST, SHORTEST - 1, -1):
+            start = self._seen.get(tuple(tokens[-length:])) if len(tokens) > length else None
+            if start is not None:
+                count = self.cost.best_guesses(self.chance(length), min(most, MOST))
+                self._matched = length if count else 0
+                return follow(tokens, start, count)
+        return []
+
+    def chance(self, length: int) -> float:
+        """How likely the next guess is right, where the ones before it are."""
+        right = self._right[length] + PRIORS[length] * PRIOR_WEIGHT
+        return right / (self._tried[length] + PRIOR_WEIGHT)
+
+    def took(self, rows: int, right: int, step_s: float, computing_s: float) -> None:
+        self.cost.took(rows, step_s, computing_s)
+        if self._matched and rows > 1:
+            length = self._matched
+            self._right[length] = self._right[length] * FORGETS + right
+            # the first that is wrong was tried; those after it were not
+            self._tried[length] = self._tried[length] * FORGETS + min(rows - 1, right + 1)
+        else:
+            for length in PRIORS:
+                self._right[length] *= FORGETS_IDLY
+                self._tried[length] *= FORGETS_IDLY
+
+    def _read_on(self, tokens: Sequence[int]) -> None:
+        """Note what each few tokens are followed by: not the last ones, which nothing follows yet."""
+        for end in range(max(self._read, SHORTEST), len(tokens)):
+            for length in range(SHORTEST, min(LONGEST, end) + 1):
+                self._seen[tuple(tokens[end - length : end])] = end
+        self._read = max(self._read, len(tokens))
+
+
+class Cost:
+    """What a step takes, by how many rows it has: so much for the first, so much more for each further one."""
+
+    def __init__(self) -> None:
+        self._first_s = 0.0
+        """0 before a step of one row was seen."""
+        self._row_s = 0.0
+        self._known = False
+        """Whether a step of several rows was seen."""
+
+    def took(self, rows: int, step_s: float, computing_s: float) -> None:
+        """Learn from a step."""
+        if rows == 1:
+            self._first_s += (step_s - self._first_s) * (LEARNS if self._first_s else 1.0)
+            if not self._known:
+                self._row_s = computing_s * ROW_SHARE
+        elif self._first_s:
+            self._first_s = min(self._first_s, step_s)
+            row_s = max(0.0, (step_s - self._first_s) / (rows - 1))
+            self._row_s += (row_s - self._row_s) * (LEARNS if self._known else 1.0)
+            self._known = True
+
+    def best_guesses(self, chance: float, most: int) -> int:
+        """How many guesses give most tokens for their time, where each is right with `chance` if those before it are;
+        0 where none are worth it, or nothing is known yet."""
+        if not self._first_s:
+            return 0
+        best, best_rate = 0, GAIN / self._first_s
+        tokens, all_right = 1.0, 1.0
+        for count in range(1, most + 1):
+            all_right *= chance
+            tokens += all_right
+            rate = tokens / (self._first_s + count * self._row_s)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
+
+
+def follow(tokens: Sequence[int], start: int, count: int) -> list[int]:
+    """`count` tokens from `start` on, which may go beyond the end: what repeats there is taken to go on so."""
+    period = len(tokens) - start
+    return [tokens[start + at % period] for at in range(count)]
