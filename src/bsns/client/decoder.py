@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bsns.client.sampling import SamplingOptions, sample
+from bsns.client.sampling import Constraint, Logprobs, SamplingOptions, logprobs, sample
 from bsns.client.speculation import Guesser
 from bsns.compression.rows import encode
 from bsns.core.errors import BsnsError
@@ -48,10 +48,18 @@ class Answer:
     sent_s: float = 0.0
     turns_ms: list[tuple[float, tuple[tuple[float, float], ...]]] = field(default_factory=list)
     """Per token: milliseconds from the step leaving this thread to its result arriving here, and its hops."""
+    constraint: Constraint | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """Per token of the answer, if its options ask for them."""
 
     def choose(self, logits_V: torch.Tensor) -> int:
         """Take the next token and decide whether it is the last."""
-        token = sample(logits_V, self.tokens, self.options, len(self.tokens))
+        allowed_V = logits_V if self.constraint is None else self.constraint.mask(logits_V)
+        token = sample(allowed_V, self.tokens, self.options, len(self.tokens), self.prompt_tokens)
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        if self.options.logprobs is not None:
+            self.logprobs.append(logprobs(logits_V, token, self.options.logprobs))
         self.tokens.append(token)
         if token in self.end_tokens:
             self.finished = "stop"

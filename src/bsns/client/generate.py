@@ -18,7 +18,7 @@ from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
 from bsns.client.reader import CHUNK_ROWS, Reader
 from bsns.client.repair import Repairs
-from bsns.client.sampling import SamplingOptions
+from bsns.client.sampling import Constraint, Logprobs, SamplingOptions
 from bsns.client.session import Session
 from bsns.client.spares import Spares
 from bsns.client.speculation import Guesser
@@ -78,6 +78,8 @@ class Piece:
     text: str
     token: int | None
     finished: str | None = None
+    logprobs: Logprobs | None = None
+    """Of the token, if the options ask for them."""
 
 
 @dataclass(slots=True)
@@ -134,6 +136,7 @@ class Generator:
         self._model = model
         self._dtype = dtype
         self._hidden_size = ends.hidden_size
+        self._vocab_size = ends.vocab_size
         self._find_route = find_route
         self._choose_codec = choose_codec
         self._release = release
@@ -178,17 +181,25 @@ class Generator:
         return [[hop.peer for hop in reader.session.route] for reader in self._readers.values()]
 
     async def stream(
-        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats | None = None
+        self,
+        tokens: Sequence[int],
+        options: SamplingOptions,
+        stats: Stats | None = None,
+        constraint: Constraint | None = None,
+        *,
+        guess: bool = True,
     ) -> AsyncGenerator[Piece, None]:
-        """The answer to a tokenised prompt, piece by piece.
+        """The answer to a tokenised prompt, piece by piece; `constraint`, this answer's own, says what it may hold.
 
-        Raises PromptTooLong before anything is sent, and CacheFull if the swarm has no room for `ROOM_S`; afterwards
-        whatever the swarm could not repair, as a typed error in the stream, at the latest one deadline after its last
-        token.
+        Raises BadOption for tokens that the model does not have and PromptTooLong before anything is sent, and
+        CacheFull if the swarm has no room for `ROOM_S`; afterwards whatever the swarm could not repair, as a typed
+        error in the stream, at the latest one deadline after its last token.
         """
         stats = stats if stats is not None else Stats()
         if not tokens:
             raise BadOption("the prompt is empty; give at least one token")
+        if (most := max((*tokens, *(token for token, _ in options.logit_bias)))) >= self._vocab_size:
+            raise BadOption(f"the model has no token {most}; its ids end at {self._vocab_size - 1}")
         room = self.context_tokens - len(tokens)
         if room < 1:
             raise PromptTooLong(
@@ -198,8 +209,18 @@ class Generator:
         started_s = first_s = self._clock.now_s()
         session = await self._open(len(tokens) + max_tokens)
         end_tokens, codec = self.prompts.end_tokens, session.takes
-        guesser = self._guesser() if self._guesser is not None else None
-        answer = Answer(session.id, options, end_tokens, list(tokens), len(tokens), max_tokens, codec, guesser)
+        guesser = self._guesser() if guess and self._guesser is not None else None
+        answer = Answer(
+            session.id,
+            options,
+            end_tokens,
+            list(tokens),
+            len(tokens),
+            max_tokens,
+            codec,
+            guesser,
+            constraint=constraint,
+        )
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
         reader = self._readers[session.id] = Reader(session, tokens, answer)
         try:
@@ -215,18 +236,19 @@ class Generator:
                     stats.ttft_ms, first_s = (now_s - started_s) * 1e3, now_s
                 stats.decode_s = now_s - first_s
                 for token, finished in _with_end(turned):
+                    told = answer.logprobs[stats.tokens] if answer.logprobs else None
                     stats.tokens += 1
                     text = detokenizer.push(token) if token not in answer.end_tokens else ""
                     if finished:
                         text += detokenizer.flush()
                     text, stopped = matcher.push(text)
                     if stopped:
-                        yield Piece(text, token, "stop")
+                        yield Piece(text, token, "stop", told)
                         return
                     if finished:
-                        yield Piece(text + matcher.flush(), token, finished)
+                        yield Piece(text + matcher.flush(), token, finished, told)
                         return
-                    yield Piece(text, token)
+                    yield Piece(text, token, None, told)
         finally:
             stats.route = session.route
             self._end(reader)

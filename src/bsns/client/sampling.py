@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -28,6 +29,14 @@ class SamplingOptions:
     seed: int = 0
     stop: tuple[str, ...] = ()
     max_tokens: int = 256
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """What is added to the logits of these tokens, each named once."""
+    presence_penalty: float = 0.0
+    """What the logit of every token that the answer has loses, once; below 0 it gains."""
+    frequency_penalty: float = 0.0
+    """The same for each time that the answer has it."""
+    logprobs: int | None = None
+    """Tell each token's log-probability, and those of so many of the likeliest."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -44,23 +53,69 @@ class SamplingOptions:
             raise BadOption(f"max_tokens is {self.max_tokens}; give at least 1")
         if not isinstance(self.stop, tuple) or any(not isinstance(s, str) or not s for s in self.stop):
             raise BadOption("stop must be non-empty strings")
+        biased = [token for token, _ in self.logit_bias]
+        if min(biased, default=0) < 0 or len(set(biased)) < len(biased):
+            raise BadOption("logit_bias must name tokens by their ids, each once")
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise BadOption("logit_bias must give numbers; -100 bans a token")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise BadOption(f"{name} is {getattr(self, name)}; give a number; 0 means none")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise BadOption(f"logprobs is {self.logprobs}; give how many alternatives to tell, from 0 on")
+
+
+class Constraint(Protocol):
+    """Which tokens may come next in one answer, which it follows token by token.
+
+    Called by one thread at a time, in a turn that other answers share: it may raise nothing but BsnsError.
+    """
+
+    def mask(self, logits_V: torch.Tensor) -> torch.Tensor:
+        """The logits (V,) with -inf for what must not come next, as a tensor of its own; never -inf for all."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The token that was chosen."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities at one position by the model's own distribution: of the raw logits, before any option."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens, best first."""
+
+
+def logprobs(logits_V: torch.Tensor, token: int, count: int) -> Logprobs:
+    """Of the chosen token and the `count` likeliest."""
+    logprobs_V = logits_V.float().log_softmax(0)
+    best = logprobs_V.topk(min(count, len(logprobs_V)))
+    return Logprobs(float(logprobs_V[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
 
 
 def sample(
-    logits_V: torch.Tensor, history: Sequence[int] | torch.Tensor, options: SamplingOptions, position: int
+    logits_V: torch.Tensor,
+    history: Sequence[int] | torch.Tensor,
+    options: SamplingOptions,
+    position: int,
+    prompt_tokens: int = 0,
 ) -> int:
     """The token for `position`, from its logits of shape (V,), any floating dtype; they are left untouched.
 
-    `history` holds the tokens before it, which only the repetition penalty looks at. Equal arguments give equal
-    tokens, so a resumed stream equals an undisturbed one. Raises PeerFailed for logits that are no numbers.
+    `history` holds the tokens before it, which only the penalties look at; the first `prompt_tokens` of them are no
+    part of the answer. Equal arguments give equal tokens, so a resumed stream equals an undisturbed one. Raises
+    PeerFailed for logits that are no numbers.
     """
     if options.temperature == 0:
-        scores_V = _penalised(logits_V, history, options.repetition_penalty)
+        scores_V = _penalised(logits_V, history, options, prompt_tokens)
         token = int(scores_V.argmax())
         if not math.isfinite(scores_V[token]):
             raise _no_numbers()
         return token
-    ids_K, probabilities_K = distribution(logits_V, history, options)
+    ids_K, probabilities_K = distribution(logits_V, history, options, prompt_tokens)
     cumulative_K = probabilities_K.cumsum(0)
     # Scaled by the sum so that rounding cannot push the draw past the last token.
     drawn = _uniform(options.seed, position) * float(cumulative_K[-1])
@@ -69,14 +124,14 @@ def sample(
 
 
 def distribution(
-    logits_V: torch.Tensor, history: Sequence[int] | torch.Tensor, options: SamplingOptions
+    logits_V: torch.Tensor, history: Sequence[int] | torch.Tensor, options: SamplingOptions, prompt_tokens: int = 0
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What a positive temperature draws from: token ids of shape (K,), ascending, and their float64 probabilities.
 
-    None for the ids means the whole vocabulary. Penalty, temperature, top-k, top-p, min-p apply in this order, as in
-    transformers. Raises PeerFailed for logits that are no numbers.
+    None for the ids means the whole vocabulary. Bias, penalties, temperature, top-k, top-p, min-p apply in this order,
+    as in transformers and vLLM. Raises PeerFailed for logits that are no numbers.
     """
-    scores_V = _penalised(logits_V, history, options.repetition_penalty).float() / options.temperature
+    scores_V = _penalised(logits_V, history, options, prompt_tokens).float() / options.temperature
     best = float(scores_V.max())
     if not math.isfinite(best):
         raise _no_numbers()
@@ -119,14 +174,27 @@ def _kth_largest(scores_V: torch.Tensor, k: int) -> torch.Tensor:
     return scores_V.topk(k, sorted=False).values.min()
 
 
-def _penalised(logits_V: torch.Tensor, history: Sequence[int] | torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits of tokens already in the history moved away from being chosen (CTRL, Keskar et al. 2019)."""
-    if penalty == 1 or len(history) == 0:
+def _penalised(
+    logits_V: torch.Tensor, history: Sequence[int] | torch.Tensor, options: SamplingOptions, prompt_tokens: int
+) -> torch.Tensor:
+    """Logits with their bias; those of tokens already in the history are moved away from being chosen (CTRL, Keskar et
+    al. 2019), and those of the answer's own tokens lowered (OpenAI's presence and frequency penalties)."""
+    repeats = options.repetition_penalty != 1 and len(history) > 0
+    counts = (options.presence_penalty != 0 or options.frequency_penalty != 0) and len(history) > prompt_tokens
+    if not (repeats or counts or options.logit_bias):
         return logits_V
-    seen_N = torch.as_tensor(history, dtype=torch.long)
     scores_V = logits_V.float() if logits_V.dtype != torch.float32 else logits_V.clone()
-    seen = scores_V[seen_N]
-    scores_V[seen_N] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    if options.logit_bias:
+        ids, biases = zip(*options.logit_bias, strict=True)
+        scores_V[list(ids)] += torch.tensor(biases)
+    if repeats:
+        seen_N = torch.as_tensor(history, dtype=torch.long)
+        seen = scores_V[seen_N]
+        penalty = options.repetition_penalty
+        scores_V[seen_N] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    if counts:
+        times_V = torch.bincount(torch.as_tensor(history[prompt_tokens:]), minlength=len(scores_V))
+        scores_V -= options.presence_penalty * (times_V > 0) + options.frequency_penalty * times_V
     return scores_V
 
 

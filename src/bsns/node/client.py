@@ -19,7 +19,7 @@ import torch
 
 from bsns.client.generate import Generator, Piece, Stats
 from bsns.client.prompts import Prompts
-from bsns.client.sampling import SamplingOptions
+from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.speculation import Lookup
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.core.errors import BadOption, MissingBlocks
@@ -135,10 +135,17 @@ class Client:
                     yield piece.text
 
     async def stream(
-        self, prompt: Prompt, options: SamplingOptions, *, raw: bool = False, stats: Stats | None = None
+        self,
+        prompt: Prompt,
+        options: SamplingOptions,
+        *,
+        raw: bool = False,
+        stats: Stats | None = None,
+        constraint: Constraint | None = None,
+        guess: bool = True,
     ) -> AsyncGenerator[Piece, None]:
-        """As `generate`, token by token, with why the answer ended and what it cost."""
-        pieces = self.generator.stream(self.tokens(prompt, raw=raw), options, stats)
+        """As `generate`, token by token, with why the answer ended and what it cost. Without `guess` nothing is guessed."""
+        pieces = self.generator.stream(self.tokens(prompt, raw=raw), options, stats, constraint, guess=guess)
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 yield piece

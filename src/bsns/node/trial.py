@@ -28,7 +28,7 @@ class Trial:
 async def try_out(client: Client, *, tokens: int = 32) -> Trial:
     """Answer a prompt with so many tokens at most. Raises as generating does."""
     stats = Stats()
-    async for _ in client.stream(PROMPT, SamplingOptions(max_tokens=tokens), raw=True, stats=stats):
+    async for _ in client.stream(PROMPT, SamplingOptions(max_tokens=tokens), raw=True, stats=stats, guess=False):
         pass
     token_s = stats.decode_s / max(stats.tokens - 1, 1)
     turns_s = [total_ms / 1e3 for total_ms, _ in stats.turns_ms[1:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,7 @@ from memory_swarm import MemorySwarm, StageShelf, answer, until
 from tiny_models import prompt
 
 from bsns.client import generate as module
-from bsns.client.generate import CHUNK_ROWS, Generator, Stats
+from bsns.client.generate import CHUNK_ROWS, Generator, Piece, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import (
@@ -101,6 +101,58 @@ async def test_pieces_and_stats(scene: Scene) -> None:
     assert stats.tokens_per_s > 0
     assert 0 < stats.ttft_ms < 1e3 * DEADLINE_S
     await scene.freed()
+
+
+class Even:
+    """Lets an answer hold even tokens only, and remembers them."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def mask(self, logits_V: torch.Tensor) -> torch.Tensor:
+        return logits_V.masked_fill(torch.arange(len(logits_V)) % 2 == 1, -torch.inf)
+
+    def accept(self, token: int) -> None:
+        self.told.append(token)
+
+
+async def test_a_constraint_rules_its_answer_alone(scene: Scene) -> None:
+    await scene.start()
+    client, options = scene.swarm.client(scene.ends), SamplingOptions(max_tokens=12, temperature=1.0, seed=3)
+    free = await answer(client, prompt(6), options)
+    constraint = Even()
+    bound, beside = await asyncio.gather(
+        tokens_of(client.stream(prompt(6), options, constraint=constraint)), answer(client, prompt(6), options)
+    )
+    assert beside == free
+    assert any(token % 2 for token in free)
+    assert constraint.told == bound
+    assert all(token % 2 == 0 for token in bound)
+
+
+async def tokens_of(pieces: AsyncIterator[Piece]) -> list[int]:
+    return [piece.token async for piece in pieces if piece.token is not None]
+
+
+async def test_logprobs_of_every_token(scene: Scene) -> None:
+    await scene.start()
+    client, asked = scene.swarm.client(scene.ends), SamplingOptions(max_tokens=5, logprobs=2)
+    pieces = [piece async for piece in client.stream(prompt(6), asked)]
+    told = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    assert len(told) == 5
+    assert [each.top[0] for each in told] == [(p.token, each.chosen) for p, each in zip(pieces, told, strict=True)]
+    silent = [piece async for piece in client.stream(prompt(6), SamplingOptions(max_tokens=5))]
+    assert [piece.token for piece in silent] == [piece.token for piece in pieces]
+    assert all(piece.logprobs is None for piece in silent)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options"), [([10**6], SamplingOptions()), ([1], SamplingOptions(logit_bias=((10**6, 1.0),)))]
+)
+async def test_a_token_that_the_model_does_not_have(scene: Scene, tokens: list[int], options: SamplingOptions) -> None:
+    await scene.start()
+    with pytest.raises(BadOption, match="no token 1000000"):
+        await answer(scene.swarm.client(scene.ends), tokens, options)
 
 
 async def test_an_end_token_ends_the_answer_and_is_not_said(scene: Scene) -> None:

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from bsns.client.sampling import SamplingOptions, distribution, sample
+from bsns.client.sampling import SamplingOptions, distribution, logprobs, sample
 from bsns.core.errors import BadOption, PeerFailed
 
 torch.set_num_threads(1)
@@ -141,6 +141,41 @@ def test_greedy(dtype: torch.dtype) -> None:
     assert float(logits_V[1]) == 3.0
 
 
+@pytest.mark.parametrize(
+    ("options", "history", "prompt_tokens", "expected"),
+    [
+        ({"logit_bias": ((0, 3.5),)}, [], 0, 0),
+        ({"logit_bias": ((1, -100.0), (2, -100.0))}, [], 0, 0),
+        ({"presence_penalty": 1.0}, [1], 0, 2),
+        ({"presence_penalty": 1.0}, [1], 1, 1),  # the prompt's
+        ({"presence_penalty": 0.4}, [1, 1, 1], 0, 1),  # once, however often
+        ({"frequency_penalty": 0.4}, [1, 1], 0, 2),
+        ({"frequency_penalty": 0.4}, [1, 1], 1, 1),
+        ({"frequency_penalty": -2.0}, [0, 0], 0, 0),
+        ({"logit_bias": ((0, 4.0),), "presence_penalty": 2.0}, [0], 0, 1),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1e-3])
+def test_bias_and_penalties(
+    options: dict[str, Any], history: list[int], prompt_tokens: int, expected: int, temperature: float
+) -> None:
+    logits_V = torch.tensor([0.0, 3.0, 2.5, -1.0])
+    before = logits_V.clone()
+    assert sample(logits_V, history, SamplingOptions(temperature, **options), 7, prompt_tokens) == expected
+    assert torch.equal(logits_V, before)
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits_V = torch.tensor([0.0, 3.0, 2.5, -1.0], dtype=torch.bfloat16)
+    own_V = logits_V.float().log_softmax(0)
+    told = logprobs(logits_V, 0, 2)
+    assert told.chosen == pytest.approx(float(own_V[0]))
+    assert [token for token, _ in told.top] == [1, 2]
+    assert [logprob for _, logprob in told.top] == pytest.approx([float(own_V[1]), float(own_V[2])])
+    assert logprobs(logits_V, 3, 0).top == ()
+    assert len(logprobs(logits_V, 3, 99).top) == 4
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("options", [SamplingOptions(), SamplingOptions(temperature=1, top_k=2)])
 def test_logits_that_are_no_numbers(bad: float, options: SamplingOptions) -> None:
@@ -164,6 +199,12 @@ def test_logits_that_are_no_numbers(bad: float, options: SamplingOptions) -> Non
         {"max_tokens": 0},
         {"stop": ("",)},
         {"stop": "word"},
+        {"logit_bias": ((-1, 1.0),)},
+        {"logit_bias": ((1, 1.0), (1, 2.0))},
+        {"logit_bias": ((1, math.nan),)},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
+        {"logprobs": -1},
     ],
 )
 def test_bad_options(wrong: dict[str, Any]) -> None:
