@@ -139,6 +139,7 @@ class MemorySwarm:
         warm_spares: bool = False,
         choose_codec: ChooseCodec = lambda sender, receiver: RAW,
         guesser: Callable[[], Guesser] | None = None,
+        keep_sessions: int = 0,
     ) -> Generator:
         """A client that finds its routes in the directory, or always takes `route`."""
         dtype = str(ends.dtype).removeprefix("torch.")
@@ -169,6 +170,8 @@ class MemorySwarm:
             blame=view.blame,
             warm_spares=warm_spares,
             guesser=guesser,
+            keep_sessions=keep_sessions,
+            claim=view.claim if route is None else lambda route: None,
         )
         self.clients.append((generator, transport))
         return generator

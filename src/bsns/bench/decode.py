@@ -80,7 +80,7 @@ async def bench_decode(model: str, *, dtype: str, threads: int, quick: bool, tol
             told(f"starting {stages} nodes")
             ranges = equal_split(source.block_count, stages)
             swarm = await stack.enter_async_context(LocalSwarm(model, ranges, dtype=dtype, threads=threads))
-            client = Client.on(swarm.peer, source, dtype=dtype, threads=threads, speculate=False)
+            client = Client.on(swarm.peer, source, dtype=dtype, threads=threads, speculate=False, keep_sessions=0)
             swarms[f"swarm{stages}"] = await stack.enter_async_context(client)
         told("loading the model library's own model and our engine in one process")
         library = await asyncio.to_thread(Library, source, dtype)

@@ -71,7 +71,9 @@ async def _medians(
             )
             await stack.enter_async_context(swarm)
             clients = {
-                wire: await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE, wire=wire))
+                wire: await stack.enter_async_context(
+                    Client.on(swarm.peer, source, dtype=DTYPE, wire=wire, keep_sessions=0)
+                )
                 for wire in WIRES
             }
             prompt = (clients["none"].tokens("The sea is wide, and the ship is small. " * 300))[:PROMPT_TOKENS]

@@ -117,7 +117,9 @@ class Offices:
         stages = equal_split(source.block_count, STAGES)
         swarm = LocalSwarm(model, stages, dtype=dtype, homes=places, own_home=own_home, founder=FOUNDER)
         await stack.enter_async_context(swarm)
-        client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=dtype, speculate=False))
+        client = await stack.enter_async_context(
+            Client.on(swarm.peer, source, dtype=dtype, speculate=False, keep_sessions=0)
+        )
         for blocks in equal_split(source.block_count, 2):
             words = ("--first-blocks", str(blocks), *STANDING)
             await swarm.add(blocks, words, home=places[len(swarm.processes)])

@@ -72,7 +72,7 @@ async def bench_simulation(model: str, *, quick: bool, told: Told) -> dict[str, 
         ranges = equal_split(source.block_count, nodes)
         async with (
             LocalSwarm(model, ranges, dtype=DTYPE) as swarm,
-            Client.on(swarm.peer, source, dtype=DTYPE, speculate=False) as client,
+            Client.on(swarm.peer, source, dtype=DTYPE, speculate=False, keep_sessions=0) as client,
         ):
             await _speed(client, 1, 2.0)  # warm
             speeds: dict[int, list[float]] = {streams: [] for streams in STREAMS}

@@ -92,12 +92,14 @@ async def _bench(model: str, source: ModelSource, quick: bool, seed: int, told: 
     told(f"starting {len(ranges)} nodes")
     async with (
         LocalSwarm(model, ranges, dtype=DTYPE) as swarm,
-        Client.on(swarm.peer, source, dtype=DTYPE, speculate=False) as client,
+        Client.on(swarm.peer, source, dtype=DTYPE, speculate=False, keep_sessions=0) as client,
     ):
         bench = Bench(swarm, client)
         figures = await bench.cells(quick, told)
         figures |= await bench.rates(quick, seed, told)
-        async with Client.on(swarm.peer, source, dtype=DTYPE, warm_spares=True, speculate=False) as client:
+        async with Client.on(
+            swarm.peer, source, dtype=DTYPE, warm_spares=True, speculate=False, keep_sessions=0
+        ) as client:
             told("the same with warm spares")
             figures["warm"] = await Bench(swarm, client).cells(quick, told, faults=WARM_FAULTS, places=WARM_PLACES)
         return figures
@@ -112,7 +114,9 @@ async def _bench_cut(model: str, source: ModelSource, quick: bool, told: Told) -
             own_home, places = Home(network.address(CLIENT)), homes(network, len(ranges))
             swarm = LocalSwarm(model, ranges, dtype=DTYPE, homes=places, own_home=own_home)
             await stack.enter_async_context(swarm)
-            client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE, speculate=False))
+            client = await stack.enter_async_context(
+                Client.on(swarm.peer, source, dtype=DTYPE, speculate=False, keep_sessions=0)
+            )
             return await Bench(swarm, client, network).cells(quick, told, faults=(CUT,))
 
 

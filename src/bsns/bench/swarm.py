@@ -165,7 +165,9 @@ class Bench:
             await asyncio.gather(
                 *(self._start(swarm, setting, node, ranges[node]) for node in numbers[first : first + AT_ONCE])
             )
-        client = await stack.enter_async_context(Client.on(swarm.peer, self.source, dtype=DTYPE, speculate=False))
+        client = await stack.enter_async_context(
+            Client.on(swarm.peer, self.source, dtype=DTYPE, speculate=False, keep_sessions=0)
+        )
         await until_answering(client)
         return client, swarm.peer.invite
 

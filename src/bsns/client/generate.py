@@ -14,6 +14,7 @@ import torch
 from bsns.client.decoder import SHORT_S, Answer, Arrived, Decoder, Turned
 from bsns.client.detokenize import Detokenizer, StopMatcher
 from bsns.client.finding import Blame, ChooseCodec, FindRoute, Release
+from bsns.client.kept import Kept, KeptSessions
 from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
 from bsns.client.reader import CHUNK_ROWS, Reader
@@ -58,6 +59,8 @@ AGAIN_S = 0.5
 
 PASSING = (PeerUnreachable, PeerLost, PeerTimedOut)
 """What a node that is there may look like for a moment: coming up, or busier than it ever was."""
+RESUME_S = 2.0
+"""What the stages of a kept session may take to answer; then another is opened."""
 OPEN_S = 5.0
 """What one attempt to open a session may take: then whoever did not answer is avoided in the next."""
 LEAST_S = 3.0
@@ -87,6 +90,8 @@ class Stats:
     """What one answer cost. Times in milliseconds; per-hop lists hold one entry per stage of the route."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's: those that its stages had from the answer before."""
     tokens: int = 0
     ttft_ms: float = 0.0
     decode_s: float = 0.0
@@ -128,9 +133,12 @@ class Generator:
         short_turn_s: float = SHORT_S,
         warm_spares: bool = False,
         guesser: Callable[[], Guesser] | None = None,
+        keep_sessions: int = 0,
+        claim: Release = lambda route: None,
     ) -> None:
-        """`warm_spares`: other nodes compute every answer's stages along, where there are such. `guesser`: makes
-        one for each answer, whose guesses at the next tokens are sent along (client.speculation)."""
+        """`warm_spares`: other nodes compute every answer's stages along, where there are such. `guesser` makes one for
+        each answer, whose guesses at the next tokens are sent along (client.speculation). `keep_sessions`: so many are
+        kept for prompts that go on where they ended (client.kept); `claim` is told of their routes then."""
         self.prompts = prompts
         self.context_tokens = context_tokens
         self._model = model
@@ -155,6 +163,9 @@ class Generator:
         )
         self._warm_spares = warm_spares
         self._guesser = guesser
+        self._kept = KeptSessions(keep_sessions)
+        self._keeps = keep_sessions > 0
+        self._claim = claim
         self._spares = Spares(find_route, release, blame, self._send_rows)
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
         self._readers: dict[SessionId, Reader] = {}
@@ -188,8 +199,11 @@ class Generator:
         constraint: Constraint | None = None,
         *,
         guess: bool = True,
+        tenant: str = "",
     ) -> AsyncGenerator[Piece, None]:
         """The answer to a tokenised prompt, piece by piece; `constraint`, this answer's own, says what it may hold.
+
+        `tenant`: whose it is; what the stages hold of its answers serves no other's.
 
         Raises BadOption for tokens that the model does not have and PromptTooLong before anything is sent, and
         CacheFull if the swarm has no room for `ROOM_S`; afterwards whatever the swarm could not repair, as a typed
@@ -207,7 +221,8 @@ class Generator:
             )
         max_tokens = min(options.max_tokens, room)
         started_s = first_s = self._clock.now_s()
-        session = await self._open(len(tokens) + max_tokens)
+        kept = await self._resume(tokens, len(tokens) + max_tokens, tenant)
+        session, common = kept or (await self._open(len(tokens) + max_tokens), 0)
         end_tokens, codec = self.prompts.end_tokens, session.takes
         guesser = self._guesser() if guess and self._guesser is not None else None
         answer = Answer(
@@ -222,7 +237,9 @@ class Generator:
             constraint=constraint,
         )
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
+        stats.cached_tokens = common
         reader = self._readers[session.id] = Reader(session, tokens, answer)
+        reader.sent = reader.through = common
         try:
             answer.sent_s = self._clock.now_s()
             await self._feed(reader)
@@ -251,7 +268,7 @@ class Generator:
                     yield Piece(text, token, None, told)
         finally:
             stats.route = session.route
-            self._end(reader)
+            self._end(reader, tenant)
 
     async def logits(self, tokens: Sequence[int], start: int = 0) -> AsyncIterator[torch.Tensor]:
         """Logits (rows, vocabulary) for every position of a text from `start` on, chunk by chunk. Raises as `stream`
@@ -363,10 +380,40 @@ class Generator:
             else:
                 return session
 
-    def _end(self, reader: Reader) -> None:
-        """Forget a session, and free it everywhere; in a task of its own, for whoever reads may be cancelled."""
+    async def _resume(self, tokens: Sequence[int], max_tokens: int, tenant: str) -> tuple[Session, int] | None:
+        """A kept session that holds how a prompt begins, with room for its answer, and how much it holds; if its stages
+        still have it and the room."""
+        found = self._kept.take(tokens, tenant)
+        if found is None:
+            return None
+        kept, common = found
+        try:
+            await kept.session.resume(max_tokens, RESUME_S)
+        except BaseException as error:
+            self._spawn(kept.session.close())
+            if not isinstance(error, BsnsError):
+                raise
+            log.info("a kept session could not go on", reason=error.message)
+            return None
+        self._claim(kept.session.route)
+        return kept.session, common
+
+    def _end(self, reader: Reader, tenant: str | None = None) -> None:
+        """Forget a session, and free it everywhere; in a task of its own, for whoever reads may be cancelled. A
+        tenant's answer that has ended in peace is kept."""
         del self._readers[reader.session.id]
-        self._spawn(self._free(reader))
+        if tenant is not None and self._keeps and reader.through and reader.rests:
+            self._spawn(self._keep(reader, tenant))
+        else:
+            self._spawn(self._free(reader))
+
+    async def _keep(self, reader: Reader, tenant: str) -> None:
+        self._release(reader.session.route)
+        await self._spares.end(reader)
+        tokens = tuple(reader.tokens[: reader.through])
+        reader.session.park(len(tokens))
+        for gone in self._kept.add(Kept(reader.session, tokens, tenant)):
+            await gone.session.close()
 
     async def _free(self, reader: Reader) -> None:
         for task in (reader.looking, reader.mending):
@@ -510,7 +557,7 @@ class Generator:
             reader = self._readers.get(item.answer.session)
             if reader is None:
                 continue  # it has gone
-            reader.turn(item.tokens, item.guesses)
+            reader.turn(item.tokens, item.guesses, ended=item.finished is not None)
             # where the first stage is being replaced, whoever feeds the new one sends this as well
             if item.hidden is not None and reader.sent == reader.through and not reader.feeding.locked():
                 self._spares.fed(reader, reader.sent)
@@ -573,6 +620,8 @@ class Generator:
             if any(hop.peer == peer for hop in reader.session.route):
                 self._repairs.lose(reader, peer, error)
             self._spares.lost(reader, peer, error)
+        for kept in self._kept.lose(peer):
+            self._spawn(kept.session.close())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -29,6 +29,8 @@ from bsns.protocol.inference import (
     Pong,
     Reroute,
     Rerouted,
+    Resize,
+    Resized,
     Result,
     There,
     Where,
@@ -73,6 +75,7 @@ class Link:
         self._opening: dict[SessionId, asyncio.Future[int]] = {}
         self._closing: dict[SessionId, asyncio.Future[int]] = {}
         self._rerouting: dict[SessionId, asyncio.Future[None]] = {}
+        self._resizing: dict[SessionId, asyncio.Future[None]] = {}
         self._mirroring: dict[tuple[SessionId, PeerId | None], asyncio.Future[None]] = {}
         self._wheres: dict[SessionId, list[asyncio.Future[There]]] = {}
         """Answered in their order, whoever asks, and whether that is still waited for."""
@@ -106,6 +109,10 @@ class Link:
     async def mirror(self, message: Mirror, deadline_s: float) -> None:
         """Let a spare get what the next stage gets. Raises what the node answers, PeerTimedOut, PeerLost."""
         await self._ask(self._mirroring, (message.session, message.peer), message, deadline_s)
+
+    async def resize(self, message: Resize, deadline_s: float) -> None:
+        """Reserve another size for a session. Raises what the node answers, PeerTimedOut, PeerLost."""
+        await self._ask(self._resizing, message.session, message, deadline_s)
 
     async def where(self, session: SessionId, deadline_s: float) -> There:
         """How far a session has come on the node. Raises PeerTimedOut, PeerLost."""
@@ -222,6 +229,8 @@ class Link:
                 _settle(self._opening.get(message.session), message.cache_tokens_left)
             case Rerouted():
                 self._settle_or_fail(self._rerouting.get(message.session), message)
+            case Resized():
+                self._settle_or_fail(self._resizing.get(message.session), message)
             case Mirrored():
                 self._settle_or_fail(self._mirroring.get((message.session, message.peer)), message)
             case Closed():
@@ -244,7 +253,7 @@ class Link:
             case _:
                 raise BadFrame(f"a client does not take {type(message).__name__}")
 
-    def _settle_or_fail(self, future: asyncio.Future[None] | None, message: Rerouted | Mirrored) -> None:
+    def _settle_or_fail(self, future: asyncio.Future[None] | None, message: Rerouted | Mirrored | Resized) -> None:
         if not message.code:
             _settle(future, None)
         elif future is not None:
@@ -258,6 +267,7 @@ class Link:
             *self._opening.values(),
             *self._closing.values(),
             *self._rerouting.values(),
+            *self._resizing.values(),
             *self._mirroring.values(),
             *(future for asked in self._wheres.values() for future in asked),
             *self._pings.values(),

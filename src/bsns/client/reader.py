@@ -69,10 +69,15 @@ class Reader:
         self.deaf_since_s = None
         self.progress.clear()
 
-    def turn(self, tokens: Sequence[int], guesses: list[int]) -> None:
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is under way, and nothing is amiss."""
+        return not (self.due or self.lost or self.mending or self.looking or self.feeding.locked())
+
+    def turn(self, tokens: Sequence[int], guesses: list[int], *, ended: bool = False) -> None:
         """An answer has new tokens. What was sent of guesses that were wrong is to be sent again."""
         self.tokens += tokens
-        self.guesses, self.wanted, self.due = guesses, 1 + len(guesses), True
+        self.guesses, self.wanted, self.due = guesses, 1 + len(guesses), not ended
         self.turns += 1
         self.came_through(len(self.tokens) - 1)
         self.sent = min(self.sent, self.through)

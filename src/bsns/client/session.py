@@ -15,7 +15,7 @@ from bsns.client.links import Link, Links
 from bsns.core.errors import BsnsError, PeerTimedOut
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.codecs import RAW
-from bsns.protocol.inference import Close, Open, Reroute
+from bsns.protocol.inference import Close, Open, Reroute, Resize
 from bsns.routing.chain import Hop, Route
 
 log = structlog.get_logger(__name__)
@@ -254,6 +254,25 @@ class Session:
             gives=self._codec(route, index + 1),
             waits=waits,
         )
+
+    def park(self, tokens: int) -> None:
+        """Let every stage keep the first so many tokens as long as nobody else needs their room."""
+        self.max_tokens = tokens
+        for link in self._open:
+            with contextlib.suppress(BsnsError):  # that it is gone shows when the session is wanted again
+                link.post(Resize(self.id, tokens, parked=True))
+
+    async def resume(self, max_tokens: int, deadline_s: float) -> None:
+        """Have so much room on every stage again. Raises what a stage answers, blaming it."""
+        outcomes = await asyncio.gather(
+            *(link.resize(Resize(self.id, max_tokens), deadline_s) for link in self._open), return_exceptions=True
+        )
+        for link, outcome in zip(self._open, outcomes, strict=True):
+            if isinstance(outcome, BsnsError):
+                raise outcome.about(link.peer)
+            if outcome is not None:
+                raise outcome
+        self.max_tokens = max_tokens
 
     async def close(self, deadline_s: float = 2.0) -> None:
         """Free the session on every stage that still answers; the others free it when they see our stream gone."""

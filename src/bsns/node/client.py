@@ -55,6 +55,7 @@ class Client:
         warm_spares: bool = False,
         wire: str = AUTO,
         speculate: bool = True,
+        keep_sessions: int = 16,
     ) -> None:
         """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
 
@@ -68,7 +69,8 @@ class Client:
         the numbers as they are on others. Raises BadOption.
 
         `speculate`: guesses at the next tokens are checked along with each, where that saves time (client.speculation);
-        answers are the same.
+        answers are the same. `keep_sessions`: what nodes hold of so many answers stays there, as long as there is room,
+        for prompts that go on where they ended.
         """
         self._invite = invite
         self._model = model
@@ -81,6 +83,7 @@ class Client:
         check_wire(wire)
         self._wire = wire
         self._speculate = speculate
+        self._keep_sessions = keep_sessions
         self._measuring: asyncio.Task[None] | None = None
         self._peer: Peer | None = None
         self._owns_peer = True
@@ -89,27 +92,10 @@ class Client:
         self._generator: Generator | None = None
 
     @classmethod
-    def on(
-        cls,
-        peer: Peer,
-        source: ModelSource,
-        *,
-        dtype: str = "auto",
-        threads: int = 1,
-        warm_spares: bool = False,
-        wire: str = AUTO,
-        speculate: bool = True,
-    ) -> Client:
-        """A client in a process that is a member of the swarm already; closing it leaves the peer running."""
-        client = cls(
-            peer.invite,
-            source.name,
-            dtype=dtype,
-            threads=threads,
-            warm_spares=warm_spares,
-            wire=wire,
-            speculate=speculate,
-        )
+    def on(cls, peer: Peer, source: ModelSource, **options: Any) -> Client:
+        """A client, with the options of one, in a process that is a member of the swarm already; closing it leaves the
+        peer running."""
+        client = cls(peer.invite, source.name, **options)
         client._peer, client._owns_peer, client._source = peer, False, source
         return client
 
@@ -143,9 +129,12 @@ class Client:
         stats: Stats | None = None,
         constraint: Constraint | None = None,
         guess: bool = True,
+        tenant: str = "",
     ) -> AsyncGenerator[Piece, None]:
-        """As `generate`, token by token, with why the answer ended and what it cost. Without `guess` nothing is guessed."""
-        pieces = self.generator.stream(self.tokens(prompt, raw=raw), options, stats, constraint, guess=guess)
+        """As `generate`, token by token, with why the answer ended and what it cost. `guess=False` guesses nothing;
+        what nodes hold of a `tenant`'s answers serves no other's."""
+        tokens = self.tokens(prompt, raw=raw)
+        pieces = self.generator.stream(tokens, options, stats, constraint, guess=guess, tenant=tenant)
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 yield piece
@@ -250,6 +239,8 @@ class Client:
             blame=view.blame,
             warm_spares=self._warm_spares,
             guesser=Lookup if self._speculate else None,
+            keep_sessions=self._keep_sessions,
+            claim=view.claim,
         )
         self._measuring = asyncio.create_task(wires.run())
 

@@ -229,6 +229,10 @@ class View:
         """A session on a route that `route` gave has ended."""
         self._loads.remove([hop.peer for hop in route])
 
+    def claim(self, route: Route) -> None:
+        """A session that was released is open on its nodes again."""
+        self._loads.add([hop.peer for hop in route])
+
     def sessions(self) -> Mapping[PeerId, int]:
         """Open sessions by node: those that records tell of, and our own."""
         return self._loads.sessions()

@@ -32,6 +32,8 @@ from bsns.protocol.inference import (
     Pong,
     Reroute,
     Rerouted,
+    Resize,
+    Resized,
     Result,
     Step,
     There,
@@ -60,6 +62,8 @@ Message = (
     | Rerouted
     | Mirror
     | Mirrored
+    | Resize
+    | Resized
     | Where
     | There
     | Close

@@ -7,6 +7,7 @@
     client → some stages     Reroute   a neighbour was lost and is replaced; answered by Rerouted
     client → some stages     Mirror    a spare is to get what the next stage gets; answered by Mirrored
     client → every stage     Where     how far a session has come there; answered by There
+    client → every stage     Resize    between two answers, and before the next; answered by Resized
     client → every stage     Close     answered by Closed
     stage  → client          Failure   anything that went wrong with a session, with a class of core.errors as code
 
@@ -155,6 +156,27 @@ class There(msgspec.Struct, frozen=True, tag="there"):
     onward: tuple[int, int] = (0, 0)
     """Bytes that it has sent to the next stage, of whatever session, and those of them that its host has taken: a slow
     way, if these become more."""
+
+
+class Resize(msgspec.Struct, frozen=True, tag="resize"):
+    """Reserve `max_tokens` of cache for a session that is open, in place of what it has.
+
+    One that is `parked` is between two answers: it keeps what it holds as long as nobody else needs the room, and takes
+    no steps until it is resized again.
+    """
+
+    session: SessionId
+    max_tokens: int
+    parked: bool = False
+
+
+class Resized(msgspec.Struct, frozen=True, tag="resized"):
+    """The session has what was asked for, unless `code` says what came in the way."""
+
+    session: SessionId
+    code: str = ""
+    message: str = ""
+    about: PeerId | None = None
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):

@@ -35,6 +35,8 @@ from bsns.protocol.inference import (
     Pong,
     Reroute,
     Rerouted,
+    Resize,
+    Resized,
     Result,
     Step,
     There,
@@ -95,6 +97,7 @@ class Worker:
         self._hidden_size, self._dtype = executor.hidden_size, executor.dtype
         self._blocks = executor.blocks
         self.sessions = sessions
+        sessions.evicted = self._free
         self._relay = Relay(dial, self._on_next_failure, self._on_next_lost)
         self._batcher = Batcher()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
@@ -212,6 +215,8 @@ class Worker:
                 self._reroute(stream, message)
             case Mirror():
                 self._mirror(stream, message)
+            case Resize():
+                self._resize(stream, message)
             case Where():
                 session = self.sessions.get(message.session)
                 ours = session is not None and session.client == stream.peer
@@ -255,7 +260,10 @@ class Worker:
         self._clients[stream.peer] = stream
         self._opened_on[session.id] = stream
         assert session.held is not None
-        self._executors[session.held].open(session.id, session.max_tokens)
+        executor = self._executors[session.held]
+        if executor.device != "cpu":
+            session.room = session.max_tokens  # there it is taken at once
+        executor.open(session.id, session.room)
         if session.next is not None:
             session.journal = Journal(CODECS[session.gives].row_bytes(self._hidden_size, self._dtype))
         self._spawn(self._connect(stream, session))
@@ -270,6 +278,18 @@ class Worker:
                 self.sessions.close(session.id, session.client)
                 self._free(session.id)
             self._report(stream, session.id, error)
+
+    def _resize(self, stream: Stream, message: Resize) -> None:
+        """Give a session another reservation."""
+        resized = Resized(message.session)
+        try:
+            self.sessions.change(message, stream.peer, self._now_s())
+        except BsnsError as error:
+            resized = Resized(message.session, error.code, error.message, error.peer)
+        else:
+            if message.parked:
+                self._replays.end(message.session)
+        self._post(stream, resized)
 
     def _reroute(self, stream: Stream, message: Reroute) -> None:
         """Give a session other neighbours; the next stage may be sent again what it lacks."""

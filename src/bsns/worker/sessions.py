@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, CacheFull, CacheTooSmall, NotHere, PositionGap, UnknownSession
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.codecs import CODECS, RAW
-from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Mirror, Open, Part, Reroute
+from bsns.protocol.inference import MAX_DEPTH, MAX_ROWS_PER_PART, Mirror, Open, Part, Reroute, Resize
 from bsns.worker.journal import Journal
 from bsns.worker.line import Line
 
+MAX_PARKED = 256
+SPARE_ROOM = 2
+"""A session's caches could hold so many times what it reserves at first: a chat that goes on needs more each time.
+Memory is taken as it is written, not before."""
 MAX_ADDRESSES = 16
 MAX_TEXT = 256
 """Letters in a peer id or an address: a session keeps them as long as it is open."""
@@ -48,10 +52,16 @@ class Session:
     gives: str = RAW
     waited_since_s: float | None = None
     """Since when its client had stood in line for it."""
+    room: int = 0
+    """The most tokens that its caches could hold."""
+    parked: bool = False
+    """Whether it is between two answers, and may be evicted."""
 
 
 class SessionTable:
     """All sessions of a node. Capacity is reserved when one opens, so that no running session is ever evicted.
+
+    Sessions that are parked have what is left: they do not count, and the oldest make room for whoever needs it.
 
     A node that moves holds several ranges for a while and shares its cache among them. A new session runs on the first
     that covers its blocks, the newest first; a range that drains takes no new ones.
@@ -78,10 +88,14 @@ class SessionTable:
         self.idle_s = idle_s
         self._sessions: dict[SessionId, Session] = {}
         self._reserved = 0
+        self._parked: dict[SessionId, Session] = {}
+        """Those of them that are parked, the oldest first."""
         self._line = Line()
+        self.evicted: Callable[[SessionId], None] = lambda session: None
+        """Told of a parked session that is gone."""
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return len(self._sessions) - len(self._parked)
 
     @property
     def ranges(self) -> tuple[BlockRange, ...]:
@@ -95,7 +109,7 @@ class SessionTable:
 
     @property
     def reserved(self) -> int:
-        """Tokens of cache that sessions have."""
+        """Tokens of cache that running sessions have."""
         return self._reserved
 
     def hold(self, blocks: BlockRange) -> None:
@@ -109,6 +123,8 @@ class SessionTable:
         """Let no new session run on a range; those that do go on."""
         assert blocks in self._ranges
         self._draining.add(blocks)
+        for session in [session for session in self._parked.values() if session.held == blocks]:
+            self._evict(session)
 
     def reopen(self, blocks: BlockRange) -> None:
         """Undo `drain`."""
@@ -129,6 +145,7 @@ class SessionTable:
     def resize(self, cache_tokens: int) -> None:
         """Promise another number of cache tokens in all; never fewer than are reserved already."""
         self.cache_tokens = max(cache_tokens, self._reserved)
+        self._make_room()
 
     @property
     def cache_tokens_left(self) -> int:
@@ -138,7 +155,7 @@ class SessionTable:
         return self._sessions.get(session)
 
     def all(self) -> list[Session]:
-        """Every open session."""
+        """Every open session, parked or not."""
         return list(self._sessions.values())
 
     def open(self, message: Open, client: PeerId, now_s: float) -> Session:
@@ -185,10 +202,56 @@ class SessionTable:
             takes=message.takes,
             gives=message.gives,
             waited_since_s=waited_since_s,
+            room=min(self.context_tokens, SPARE_ROOM * message.max_tokens),
         )
         self._sessions[message.session] = session
         self._reserved += message.max_tokens
+        self._make_room()
         return session
+
+    def change(self, message: Resize, client: PeerId, now_s: float) -> None:
+        """Park a session, or give one more room. Raises UnknownSession, NotHere, CacheFull or BadFrame; the table is
+        unchanged then."""
+        session = self._sessions.get(message.session)
+        if session is None or session.client != client:
+            raise UnknownSession(f"no session {message.session} is open here for this peer; reopen it and replay")
+        if not 1 <= message.max_tokens <= self.context_tokens:
+            raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
+        if message.max_tokens > session.room:
+            raise CacheFull(f"{message.max_tokens} tokens asked for, of {session.room} that the session can hold")
+        if message.parked:
+            if message.max_tokens > session.max_tokens:
+                raise BadFrame(f"a session of {session.max_tokens} tokens cannot be parked with {message.max_tokens}")
+        elif session.held in self._draining:
+            raise NotHere(f"this node is about to give up blocks {session.held}")
+        else:
+            others = self._reserved - (0 if session.parked else session.max_tokens)
+            clients, tokens = self._line.ahead_of(client, now_s)
+            left = self.cache_tokens - others
+            if message.max_tokens + tokens > left or len(self) + session.parked + clients > self.max_sessions:
+                raise CacheFull(f"{message.max_tokens} tokens of cache asked for, {left} of {self.cache_tokens} left")
+        self._drop(session)
+        session.max_tokens, session.parked, session.seen_s = message.max_tokens, message.parked, now_s
+        session.end, session.done = (min(at, message.max_tokens) for at in (session.end, session.done))
+        self._sessions[session.id] = session
+        if session.parked:
+            self._parked[session.id] = session
+        else:
+            self._reserved += session.max_tokens
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Evict parked sessions until the rest fits beside those that run."""
+        parked = sum(session.max_tokens for session in self._parked.values())
+        for session in list(self._parked.values()):
+            if parked <= self.cache_tokens_left and len(self._parked) <= MAX_PARKED:
+                return
+            parked -= session.max_tokens
+            self._evict(session)
+
+    def _evict(self, session: Session) -> None:
+        self._drop(session)
+        self.evicted(session.id)
 
     def _find_room(self, message: Open, client: PeerId, now_s: float) -> float | None:
         """Since when the client has waited for this room. Raises CacheFull where there is none, or others wait for
@@ -197,12 +260,12 @@ class SessionTable:
         if message.max_tokens > self.cache_tokens:
             raise CacheTooSmall(f"{asked}; ask for fewer")
         clients, tokens = self._line.ahead_of(client, now_s)
-        if message.max_tokens + tokens <= self.cache_tokens_left and len(self._sessions) + clients < self.max_sessions:
+        if message.max_tokens + tokens <= self.cache_tokens_left and len(self) + clients < self.max_sessions:
             return self._line.leave(client)
         if message.waits:
             self._line.join(client, message.max_tokens, now_s)
         others = f" and {clients} that wait" if clients else ""
-        raise CacheFull(f"{asked} beside {len(self._sessions)} sessions{others}; ask for fewer or wait for one to end")
+        raise CacheFull(f"{asked} beside {len(self)} sessions{others}; ask for fewer or wait for one to end")
 
     def step(self, part: Part, codec: str, sender: PeerId, now_s: float) -> Session:
         """Check a step in a codec and note it. Raises UnknownSession, PositionGap or BadFrame; nothing is noted then.
@@ -210,7 +273,7 @@ class SessionTable:
         A step of a session that belongs to others looks unknown, so that strangers cannot probe for sessions.
         """
         session = self._sessions.get(part.session)
-        if session is None or sender not in (session.client, session.previous):
+        if session is None or session.parked or sender not in (session.client, session.previous):
             raise UnknownSession(f"no session {part.session} is open here for this peer; reopen it and replay")
         if not 1 <= part.rows <= MAX_ROWS_PER_PART or not 0 <= part.wanted <= part.rows or part.position < 0:
             raise BadFrame(f"a step of {part.rows} rows at {part.position}, {part.wanted} wanted, is impossible")
@@ -257,7 +320,7 @@ class SessionTable:
 
     def _own(self, session: SessionId, client: PeerId) -> Session:
         held = self._sessions.get(session)
-        if held is None or held.client != client:
+        if held is None or held.parked or held.client != client:
             raise UnknownSession(f"no session {session} is open here for this peer; reopen it and replay")
         return held
 
@@ -295,16 +358,21 @@ class SessionTable:
         return [session.id for session in stale]
 
     def check(self) -> None:
-        """Invariant: what is reserved is what the open sessions reserved, and never more than there is."""
-        assert self._reserved == sum(session.max_tokens for session in self._sessions.values())
-        assert 0 <= self._reserved <= self.cache_tokens
+        """Invariant: what is reserved is what the running sessions reserved, and never more than there is; those that
+        are parked have no more than what is left."""
+        assert self._parked == {id_: session for id_, session in self._sessions.items() if session.parked}
+        parked, every = (sum(s.max_tokens for s in held.values()) for held in (self._parked, self._sessions))
+        assert self._reserved == every - parked
+        assert 0 <= self._reserved <= self._reserved + parked <= self.cache_tokens
+        assert len(self._parked) <= MAX_PARKED
         assert all(session.held in self._ranges for session in self._sessions.values())
         assert len(set(self._ranges)) == len(self._ranges)
         assert self._draining <= set(self._ranges)
 
     def _drop(self, session: Session) -> None:
         del self._sessions[session.id]
-        self._reserved -= session.max_tokens
+        if self._parked.pop(session.id, None) is None:
+            self._reserved -= session.max_tokens
 
 
 def _check_names(previous: PeerId | None, onward: PeerId | None, addresses: Sequence[str]) -> None:
