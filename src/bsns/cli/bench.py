@@ -243,6 +243,36 @@ def soak(
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="The model to measure with.")] = "smollm2-135m",
+    quick: QuickFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """The paper's Table 2: six nodes over three networks, 1 to 16 answers at once, with and without guesses.
+
+    Needs root, for network namespaces. The full form takes some 15 minutes, and says on standard error how it goes.
+
+    Example: sudo bsns bench serve --quick
+    """
+
+    async def verb() -> None:
+        from bsns.bench.emulation import hindrance
+
+        if (problem := hindrance()) is not None:
+            raise BadOption(problem)
+        from bsns.bench.serve import bench_serve
+
+        with reporting() as told:
+            figures = await bench_serve(model, quick=quick, told=told)
+        if as_json:
+            emit(figures)
+        else:
+            out.print(_table(figures))
+
+    run(verb(), as_json=as_json)
+
+
 def _chosen(what: str, asked: list[str] | None, known: Collection[str]) -> list[str]:
     """What was asked for, or all there is. Raises BadOption for what is not known."""
     if unknown := set(asked or ()) - set(known):
