@@ -27,8 +27,7 @@ class Prompts:
 
     def encode(self, text: str) -> list[int]:
         """Plain text, with whatever the tokenizer puts before it (for example a beginning-of-text token)."""
-        tokens: list[int] = self.tokenizer(text)["input_ids"]
-        return tokens
+        return self._tokens(text, add_special_tokens=True)
 
     def encode_chat(
         self,
@@ -47,14 +46,22 @@ class Prompts:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, add_generation_prompt=True, tokenize=False
             )
-        except (TemplateError, TypeError, ValueError) as error:  # a template's code meets what users write
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # A template is code that meets whatever users write.
             raise BadOption(f"the chat template refuses this conversation: {error}") from error
-        tokens: list[int] = self.tokenizer(text + opening, add_special_tokens=False)["input_ids"]
-        return tokens
+        return self._tokens(text + opening, add_special_tokens=False)
 
     def chat_template(self) -> str:
         """The template that conversations with tools go through; "" if there is none."""
         return str(self.tokenizer.get_chat_template(tools=[{}])) if self.tokenizer.chat_template else ""
+
+    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadOption("the prompt is no valid Unicode: it holds half of a surrogate pair") from None
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return tokens
 
     @property
     def has_chat_template(self) -> bool:

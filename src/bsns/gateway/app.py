@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import structlog
@@ -41,6 +43,7 @@ from bsns.gateway.requests import (
 from bsns.gateway.tools import CallFormat, CallReader
 
 log = structlog.get_logger(__name__)
+_FIELD = re.compile(r"[a-z_]\w*|\d+")
 T = TypeVar("T")
 
 MOST_BODY_BYTES = 4 << 20
@@ -173,7 +176,7 @@ class _Desk:
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_request("top_logprobs needs logprobs", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        options = body.options(wanted or CHAT_TOKENS, self.engine.context_tokens, logprobs)
+        options = body.options(wanted, CHAT_TOKENS, self.engine.context_tokens, logprobs)
         prompt = await asyncio.to_thread(prompt_of, body, self.engine.prompts)
         first, asks = Ask(prompt.tokens, options), list[Ask]()
         for number in range(body.n or 1):
@@ -188,7 +191,7 @@ class _Desk:
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         self.check_model(body.model)
-        options = body.options(body.max_tokens or COMPLETION_TOKENS, self.engine.context_tokens, body.logprobs)
+        options = body.options(body.max_tokens, COMPLETION_TOKENS, self.engine.context_tokens, body.logprobs)
         prompts, asks = body.prompts(), list[Ask]()
         if len(prompts) * (body.n or 1) > MOST_CHOICES:
             raise bad_request(f"a request has up to {MOST_CHOICES} choices: prompts times n", "n")
@@ -317,7 +320,8 @@ def _event(value: dict[str, Any]) -> dict[str, str]:
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first of what is wrong, in one line."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"][1:]]
+    # Behind a field with several types come pydantic's names for them.
+    where = [*takewhile(lambda part: _FIELD.fullmatch(part) and part != "str", map(str, first["loc"][1:]))]
     param = where[0] if where else None
     if first["type"] == "json_invalid":
         return bad_request(

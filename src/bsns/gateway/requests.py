@@ -60,8 +60,9 @@ class Sampling(_Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def options(self, max_tokens: int, context_tokens: int, logprobs: int | None) -> SamplingOptions:
-        """For the first choice; without a seed one is drawn. Raises ApiError."""
+    def options(self, wanted: int | None, default: int, context_tokens: int, logprobs: int | None) -> SamplingOptions:
+        """For the first choice: `wanted` tokens at most, or `default`; without a seed one is drawn. Raises ApiError."""
+        max_tokens = wanted or min(default, context_tokens)
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS:
             raise bad_request(f"stop has {len(stops)} strings; give up to {MOST_STOPS}", "stop")
