@@ -26,7 +26,7 @@ from bsns.gateway.answering import Answers, Ask
 from bsns.gateway.chat import constraint_of, prompt_of
 from bsns.gateway.engine import Engine
 from bsns.gateway.errors import ApiError, ErrorBody, bad_request, from_bsns, internal
-from bsns.gateway.gate import Caller, Gate, too_large
+from bsns.gateway.gate import Caller, Gate
 from bsns.gateway.grammar import Grammars
 from bsns.gateway.keys import KeyRing
 from bsns.gateway.limits import Limits
@@ -72,7 +72,6 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
         version=bsns.__version__,
         docs_url=None,  # its pages load scripts from elsewhere
         redoc_url=None,
-        max_body_size=settings.most_body_bytes,
         responses=REFUSALS,
     )
     desk = _Desk(engine, grammars, metrics, limits, settings)
@@ -126,8 +125,6 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
         """Whatever the framework refuses, in OpenAI's shape."""
         if isinstance(error, ApiError):
             return error.response()
-        if error.status_code == 413:
-            return too_large(settings.most_body_bytes).response()
         what = {404: f"there is no {request.url.path} here", 405: f"{request.url.path} takes no {request.method}"}
         told = ApiError(error.status_code, what.get(error.status_code, str(error.detail)))
         response = told.response()

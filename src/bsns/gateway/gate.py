@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """For those who watch over processes; they tell nothing that is secret."""
 MOST_DRAINED_BYTES = 64 << 20
-"""So much of a body that is too large is read and dropped: a client hears our answer only when it has sent all."""
+"""So much more of a body that is too large is read and dropped."""
 _REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
@@ -83,11 +83,10 @@ class Gate:
             try:
                 try:
                     caller = scope.setdefault("state", {})["caller"] = self._admit(headers, path)
-                    await self._check_size(headers, receive)
                 except ApiError as error:
                     await error.response()(scope, receive, tell)
                 else:
-                    await self._app(scope, receive, tell)
+                    await self._app(scope, self._limited(receive), tell)
             except Exception:
                 log.exception("a request failed")
                 if not status:
@@ -134,22 +133,30 @@ class Gate:
             )
         return Caller(key.name, key.allowance)
 
-    async def _check_size(self, headers: Headers, receive: Receive) -> None:
-        """Raises ApiError. A body that does not say how long it is, the application stops reading in time."""
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) <= self._most_body_bytes:
-            return
+    def _limited(self, receive: Receive) -> Receive:
+        """The body as it comes; it raises ApiError, which the application passes on, when it grows too large."""
         read = 0
-        while read < MOST_DRAINED_BYTES:
+
+        async def limited() -> Message:
+            nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if not message.get("more_body"):
-                break
-        raise too_large(self._most_body_bytes)
+            if read > self._most_body_bytes:
+                await _drain(receive, message)
+                raise ApiError(
+                    413, f"the request is larger than {self._most_body_bytes} bytes", code="request_too_large"
+                )
+            return message
+
+        return limited
 
 
-def too_large(most_bytes: int) -> ApiError:
-    return ApiError(413, f"the request is larger than {most_bytes} bytes", code="request_too_large")
+async def _drain(receive: Receive, message: Message) -> None:
+    """Read what is left of a body, in reason: a client hears our answer only when it has sent all."""
+    read = 0
+    while message.get("more_body") and read < MOST_DRAINED_BYTES:
+        message = await receive()
+        read += len(message.get("body", b""))
 
 
 def _is_local(host: str) -> bool:
