@@ -17,8 +17,9 @@ from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError
 from bsns.core.ids import SessionId
-from bsns.gateway.app import Settings, create_app
+from bsns.gateway.app import create_app
 from bsns.gateway.grammar import Grammars
+from bsns.gateway.settings import Settings
 
 VOCABULARY = 49152
 HERMES = """{%- if tools %}<|im_start|>system

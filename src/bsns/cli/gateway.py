@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 from typer.core import TyperGroup
 
 from bsns.cli import routing_options as routing
@@ -28,6 +31,7 @@ from bsns.cli.console import (
 from bsns.core.errors import BadOption
 
 if TYPE_CHECKING:
+    from bsns.gateway.server import Listener
     from bsns.node.client import Client
 
 KeysOption = Annotated[
@@ -99,20 +103,10 @@ def gateway(
     """
 
     async def verb() -> None:
-        require_libraries()
+        listener = open_listener(host, port, keys=keys, public=public, most_body=most_body, stalled_s=stalled_s)
         with doing("loading libraries", quiet=as_json) as say:
-            from bsns.gateway.keys import KeyRing
-            from bsns.gateway.server import Listener, is_loopback
             from bsns.node.client import Client
 
-            if keys is None and not public and not is_loopback(host):
-                raise BadOption(
-                    f"whoever reaches {host} could use the swarm; give --keys FILE "
-                    "(bsns gateway keys add NAME --keys FILE makes one), or --public to let everybody in"
-                )
-            ring = None if keys is None else KeyRing(keys)
-            most_body_bytes = parse_size(most_body) or 0
-            listener = Listener(host, port)
             client = Client(
                 join,
                 model,
@@ -126,20 +120,42 @@ def gateway(
             say("joining the swarm")
             await client.__aenter__()
         try:
-            from bsns.gateway.app import Settings
-
-            settings = Settings(ring, most_body_bytes, is_loopback(host) and ring is None, stalled_s)
-            await serve(client, listener, settings, drain_s=drain_s, as_json=as_json)
+            await serve_http(client, listener, drain_s=drain_s, as_json=as_json)
         finally:
             await see_through(client.close())
 
     run(verb(), as_json=as_json)
 
 
-async def serve(client: Client, listener: Any, settings: Any, *, drain_s: float, as_json: bool) -> None:
-    """Answer until cancelled; `listener` and `settings` are the gateway's (bsns.gateway)."""
-    import asyncio
+def open_listener(
+    host: str,
+    port: int,
+    *,
+    keys: Path | None = None,
+    public: bool = False,
+    most_body: str = "4MiB",
+    stalled_s: float = 30.0,
+) -> Listener:
+    """What can be wrong with a gateway's options is told before a swarm is troubled. Raises BadOption, PortInUse."""
+    for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance"):
+        if importlib.util.find_spec(name) is None:
+            raise BadOption(f"the gateway needs {name}, which is not installed: pip install 'bsns[gateway]'")
+    from bsns.gateway.keys import KeyRing
+    from bsns.gateway.server import Listener, is_loopback
+    from bsns.gateway.settings import Settings
 
+    if keys is None and not public and not is_loopback(host):
+        raise BadOption(
+            f"whoever reaches {host} could use the swarm; give --keys FILE "
+            "(bsns gateway keys add NAME --keys FILE makes one), or --public to let everybody in"
+        )
+    ring = None if keys is None else KeyRing(keys)
+    local_only = ring is None and is_loopback(host)
+    return Listener(host, port, Settings(ring, parse_size(most_body) or 0, local_only, stalled_s))
+
+
+async def serve_http(client: Client, listener: Listener, *, drain_s: float = 30.0, as_json: bool = False) -> None:
+    """Answer until cancelled."""
     from bsns.gateway.app import create_app
     from bsns.gateway.engine import SwarmEngine
     from bsns.gateway.grammar import Grammars
@@ -150,10 +166,10 @@ async def serve(client: Client, listener: Any, settings: Any, *, drain_s: float,
         grammars = await asyncio.to_thread(Grammars, engine.prompts.tokenizer, engine.vocab_size)
     log_requests(as_json=as_json)
     if as_json:
-        emit({"event": "listening", "url": f"{listener.url}/v1", "model": engine.name})
+        emit({"event": "listening", "url": listener.url, "model": engine.name})
     else:
-        err.print(f"[green]{engine.name} answers at[/] {listener.url}/v1", highlight=False)
-    await listener.serve(create_app(engine, grammars, settings), drain_s)
+        tell(f"{engine.name} answers at {listener.url}/v1")
+    await listener.serve(create_app(engine, grammars, listener.settings), drain_s)
 
 
 @keys_app.command("add")
@@ -171,7 +187,6 @@ def add(
     """Make a key and print it, once: the file keeps its hash."""
 
     async def verb() -> None:
-        require_libraries()
         from bsns.gateway.keys import add_key
         from bsns.gateway.limits import Allowance
 
@@ -187,11 +202,6 @@ def list_(keys: KeysFile) -> None:
     """Whose keys there are, and what each may."""
 
     async def verb() -> None:
-        require_libraries()
-        import time
-
-        from rich.table import Table
-
         from bsns.gateway.keys import read_keys
 
         table = Table("name", "made", "requests a minute", "answers at once")
@@ -208,16 +218,8 @@ def remove(name: KeyName, keys: KeysFile) -> None:
     """Take a key away: gateways refuse it from the next request on."""
 
     async def verb() -> None:
-        require_libraries()
         from bsns.gateway.keys import remove_key
 
         remove_key(keys, name)
 
     run(verb())
-
-
-def require_libraries() -> None:
-    """Raises BadOption where the extra is not installed."""
-    for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance"):
-        if importlib.util.find_spec(name) is None:
-            raise BadOption(f"the gateway needs {name}, which is not installed: pip install 'bsns[gateway]'")

@@ -1,6 +1,7 @@
 """An OpenAI-compatible server in front of a swarm; only here FastAPI and its friends are imported.
 
 engine      the port to the model that answers, and the swarm behind it
+settings    what an operator decides
 server      the listening socket, and an orderly end
 app         the endpoints
 gate        who may come in, how often, and with how large a body; a request's id, its log line and its figures

@@ -28,7 +28,6 @@ from bsns.gateway.engine import Engine
 from bsns.gateway.errors import ApiError, ErrorBody, bad_request, from_bsns, internal
 from bsns.gateway.gate import Caller, Gate
 from bsns.gateway.grammar import Grammars
-from bsns.gateway.keys import KeyRing
 from bsns.gateway.limits import Limits
 from bsns.gateway.metrics import Metrics
 from bsns.gateway.replies import Choice, Reply
@@ -40,28 +39,16 @@ from bsns.gateway.requests import (
     CompletionRequest,
     Sampling,
 )
+from bsns.gateway.settings import Settings
 from bsns.gateway.tools import CallFormat, CallReader
 
 log = structlog.get_logger(__name__)
 _FIELD = re.compile(r"[a-z_]\w*|\d+")
 T = TypeVar("T")
 
-MOST_BODY_BYTES = 4 << 20
-STALLED_S = 30.0
-"""A client that takes nothing of its stream for so long is given up."""
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503)
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What an operator decides. `keys`: None lets everybody in."""
-
-    keys: KeyRing | None = None
-    most_body_bytes: int = MOST_BODY_BYTES
-    local_only: bool = False
-    stalled_s: float = STALLED_S
 
 
 def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAPI:

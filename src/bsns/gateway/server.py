@@ -12,8 +12,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from bsns.core.errors import BadOption, PortInUse
+from bsns.gateway.settings import Settings
 
 DRAIN_S = 30.0
+SEND_BYTES = 64 << 10
+"""What waits in the kernel for a client that does not read: by itself it takes megabytes of tokens before we notice."""
 
 
 class _Quiet(uvicorn.Server):
@@ -25,9 +28,9 @@ class _Quiet(uvicorn.Server):
 
 
 class Listener:
-    """A socket that listens for a gateway from `open` on."""
+    """An address that is ours: from `serve` on a gateway listens there."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, settings: Settings) -> None:
         """Port 0 takes a free one. Raises PortInUse, BadOption."""
         try:
             family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -36,10 +39,12 @@ class Listener:
         self._socket = socket.socket(family, kind, proto)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # of every connection
             self._socket.bind(address)
         except OSError as error:
             self._socket.close()
             raise PortInUse(f"cannot listen on {host} port {port}: {error.strerror}; give another --port") from error
+        self.settings = settings
         self.host, self.port = host, int(self._socket.getsockname()[1])
 
     @property
@@ -65,9 +70,6 @@ class Listener:
             server.should_exit = True
             await serving
             raise
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 def is_loopback(host: str) -> bool:

@@ -14,8 +14,8 @@ from scripted_engine import ScriptedEngine, chat, client_of, tool
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, CacheTooSmall, MissingBlocks, PeerLost, PromptTooLong
-from bsns.gateway.app import Settings
 from bsns.gateway.grammar import Grammars
+from bsns.gateway.settings import Settings
 
 
 async def events(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Any]:

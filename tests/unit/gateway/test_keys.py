@@ -13,10 +13,10 @@ from memory_swarm import until
 from scripted_engine import ScriptedEngine, chat, client_of
 
 from bsns.core.errors import BadOption
-from bsns.gateway.app import Settings
 from bsns.gateway.grammar import Grammars
 from bsns.gateway.keys import KeyRing, add_key, read_keys, remove_key
 from bsns.gateway.limits import Allowance
+from bsns.gateway.settings import Settings
 
 
 @pytest.fixture
