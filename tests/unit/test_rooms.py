@@ -10,7 +10,7 @@ import pytest
 import bsns
 
 HOUSE = Path(bsns.__file__).parent
-LISTED = ("planning", "protocol", "swarm", "node", "routing", "worker", "client", "compression")
+LISTED = ("planning", "protocol", "swarm", "node", "routing", "worker", "client", "compression", "gateway")
 
 
 @pytest.mark.parametrize("room", LISTED)

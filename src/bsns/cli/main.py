@@ -14,7 +14,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import typer
 
 import bsns
-from bsns.cli import bench, chat, doctor, eval, generate, plan, schemas, serve, simulate, status, topology, up
+from bsns.cli import bench, chat, doctor, eval, gateway, generate, plan, schemas, serve, simulate, status, topology, up
 from bsns.cli.console import EXIT_INTERRUPTED, EXIT_USER, leave, say_error
 
 app = typer.Typer(
@@ -47,6 +47,7 @@ _add("doctor", doctor.doctor)
 _add("plan", plan.plan)
 _add("topology", topology.topology)
 _add("simulate", simulate.simulate)
+app.add_typer(gateway.app, name="gateway", help="Serve a swarm's model with OpenAI's HTTP API.")
 app.add_typer(schemas.app, name="schemas")
 app.add_typer(bench.app, name="bench")
 app.add_typer(eval.app, name="eval")

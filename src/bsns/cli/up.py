@@ -31,6 +31,7 @@ from bsns.cli.console import (
     out,
     run,
 )
+from bsns.cli.gateway import open_listener, serve_http
 from bsns.core.errors import BadOption
 from bsns.core.ids import short_names
 from bsns.core.words import several, size
@@ -51,6 +52,12 @@ def up(
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this, then take the swarm down.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Talk with the model.")] = False,
+    gateway: Annotated[
+        bool, typer.Option("--gateway", help="Serve it with OpenAI's HTTP API, on this machine only.")
+    ] = False,
+    gateway_port: Annotated[
+        int, typer.Option("--gateway-port", min=0, max=65535, metavar="N", help="Its port; 0 takes a free one.")
+    ] = 8080,
     raw: sampling.RawFlag = False,
     dtype: DtypeOption = "auto",
     executor: ExecutorOption = "auto",
@@ -93,9 +100,12 @@ def up(
     async def verb() -> None:
         if chat and (as_json or prompt is not None):
             raise BadOption("--chat is for people; give it without --json and --prompt")
+        if gateway and (chat or prompt is not None):
+            raise BadOption("--gateway stays up for clients; give it without --chat and --prompt")
         if prompt is not None:
             check_prompt(prompt)
         async with contextlib.AsyncExitStack() as stack:
+            listener = open_listener("127.0.0.1", gateway_port) if gateway else None
             with doing("loading libraries", quiet=as_json) as say:
                 prepare()
                 from bsns.client.sampling import SamplingOptions
@@ -156,6 +166,8 @@ def up(
                     out.print(
                         f"  bsns chat {shlex.quote(model)} --join {swarm.peer.invite}", highlight=False, markup=False
                     )
+                if listener is not None:
+                    await local_swarm.unless_lost(serve_http(client, listener, as_json=as_json), swarm)
                 raise await swarm.lost()
 
     run(verb(), as_json=as_json)

@@ -144,7 +144,7 @@ class Generator:
         self._model = model
         self._dtype = dtype
         self._hidden_size = ends.hidden_size
-        self._vocab_size = ends.vocab_size
+        self.vocab_size = ends.vocab_size
         self._find_route = find_route
         self._choose_codec = choose_codec
         self._release = release
@@ -212,8 +212,8 @@ class Generator:
         stats = stats if stats is not None else Stats()
         if not tokens:
             raise BadOption("the prompt is empty; give at least one token")
-        if (most := max((*tokens, *(token for token, _ in options.logit_bias)))) >= self._vocab_size:
-            raise BadOption(f"the model has no token {most}; its ids end at {self._vocab_size - 1}")
+        if (most := max((*tokens, *(token for token, _ in options.logit_bias)))) >= self.vocab_size:
+            raise BadOption(f"the model has no token {most}; its ids end at {self.vocab_size - 1}")
         room = self.context_tokens - len(tokens)
         if room < 1:
             raise PromptTooLong(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 
 from bsns.core.errors import BadOption, CorruptModel
@@ -26,16 +27,40 @@ class Prompts:
 
     def encode(self, text: str) -> list[int]:
         """Plain text, with whatever the tokenizer puts before it (for example a beginning-of-text token)."""
-        tokens: list[int] = self.tokenizer(text)["input_ids"]
-        return tokens
+        return self._tokens(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Messages with `role` and `content`, through the chat template. Raises BadOption if the model has none."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        opening: str = "",
+    ) -> list[int]:
+        """Messages with `role` and `content`, through the chat template; `opening` is how the answer shall begin.
+
+        Raises BadOption if the model has no template, or if its template refuses the messages.
+        """
         if not self.tokenizer.chat_template:
             raise BadOption("this model has no chat template; use plain text (bsns generate --raw)")
-        tokens: list[int] = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # A template is code that meets whatever users write.
+            raise BadOption(f"the chat template refuses this conversation: {error}") from error
+        return self._tokens(text + opening, add_special_tokens=False)
+
+    def chat_template(self) -> str:
+        """The template that conversations with tools go through; "" if there is none."""
+        return str(self.tokenizer.get_chat_template(tools=[{}])) if self.tokenizer.chat_template else ""
+
+    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadOption("the prompt is no valid Unicode: it holds half of a surrogate pair") from None
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return tokens
 
     @property

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import bsns
 from bsns.cli.main import app
 
-VERBS = ["up", "serve", "generate", "chat", "status", "doctor"]
+VERBS = ["up", "serve", "generate", "chat", "status", "doctor", "gateway"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,0 +1,86 @@
+"""The answers to one request, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+
+from bsns.client.generate import Piece, Stats
+from bsns.client.sampling import Constraint, SamplingOptions
+from bsns.gateway.engine import Engine
+from bsns.gateway.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One choice: what the model reads, and how its answer is drawn."""
+
+    tokens: list[int]
+    options: SamplingOptions
+    constraint: Constraint | None = None
+
+    def choice(self, number: int, constraint: Constraint | None) -> Ask:
+        """The same prompt's next choice, drawn with a seed of its own."""
+        seed = self.options.seed + number
+        return Ask(self.tokens, replace(self.options, seed=seed), constraint)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a request cost so far, in tokens."""
+
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Answers:
+    """All choices of a request, side by side."""
+
+    engine: Engine
+    asks: Sequence[Ask]
+    metrics: Metrics
+    usage: Usage = field(default_factory=Usage)
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Each choice's next piece, by its number. A reader that waits holds them all up; closing this frees them.
+
+        Raises what the engine does, of whichever choice fails first.
+        """
+        streams = [self._one(ask) for ask in self.asks]
+        waiting = {asyncio.create_task(_next(stream)): i for i, stream in enumerate(streams)}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    i = waiting.pop(task)
+                    if (piece := task.result()) is not None:
+                        yield i, piece
+                        waiting[asyncio.create_task(_next(streams[i]))] = i
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            for stream in streams:
+                await stream.aclose()
+
+    async def _one(self, ask: Ask) -> AsyncGenerator[Piece, None]:
+        metrics, usage, last_s = self.metrics, self.usage, time.monotonic()
+        waited = metrics.first_token_s
+        pieces = self.engine.stream(ask.tokens, ask.options, Stats(), ask.constraint)
+        with metrics.under_way.track_inprogress():
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    now_s = time.monotonic()
+                    waited.observe(now_s - last_s)
+                    waited, last_s = metrics.next_token_s, now_s
+                    usage.answer_tokens += 1
+                    metrics.tokens.labels("out").inc()
+                    yield piece
+
+
+async def _next(stream: AsyncGenerator[Piece, None]) -> Piece | None:
+    return await anext(stream, None)

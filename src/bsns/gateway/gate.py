@@ -1,0 +1,170 @@
+"""The gate before the endpoints: who may come in, how often, and with how large a body.
+
+It gives every request an id, which the reply carries and the log names, and counts it. Keys and prompts are not logged.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bsns.core.errors import BsnsError
+from bsns.gateway.errors import ApiError, internal
+from bsns.gateway.keys import KeyRing
+from bsns.gateway.limits import Allowance, Limits
+from bsns.gateway.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""For those who watch over processes; they tell nothing that is secret."""
+MOST_DRAINED_BYTES = 64 << 20
+"""So much more of a body that is too large is read and dropped."""
+_REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: a key's name, or "" where no keys are needed."""
+
+    name: str
+    allowance: Allowance
+
+
+class Gate:
+    """ASGI middleware. Endpoints find the `Caller` in `request.state.caller`."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing | None,
+        limits: Limits,
+        metrics: Metrics,
+        most_body_bytes: int,
+        local_only: bool,
+        endpoints: frozenset[str],
+    ) -> None:
+        """`local_only`: requests must name this machine as their host, so that no web page's own name, pointed here,
+        lets a browser in (DNS rebinding). `endpoints`: the paths that are counted by their names."""
+        self._app = app
+        self._keys = keys
+        self._limits = limits
+        self._metrics = metrics
+        self._most_body_bytes = most_body_bytes
+        self._local_only = local_only
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, path, began_s = Headers(scope=scope), scope["path"], time.monotonic()
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        status = 0
+        caller = Caller("", Allowance())
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                try:
+                    caller = scope.setdefault("state", {})["caller"] = self._admit(headers, path)
+                except ApiError as error:
+                    await error.response()(scope, receive, tell)
+                else:
+                    await self._app(scope, self._limited(receive), tell)
+            except Exception:
+                log.exception("a request failed")
+                if not status:
+                    await internal(request_id).response()(scope, receive, tell)
+            finally:
+                endpoint = path if path in self._endpoints else "other"
+                self._metrics.requests.labels(endpoint, str(status)).inc()
+                ms = round((time.monotonic() - began_s) * 1e3, 1)
+                log.info("request", method=scope["method"], endpoint=endpoint, status=status, key=caller.name, ms=ms)
+
+    def _admit(self, headers: Headers, path: str) -> Caller:
+        """Raises ApiError."""
+        if self._local_only and not _is_local(headers.get("host", "")):
+            raise ApiError(403, "this gateway answers this machine only, by the name localhost or 127.0.0.1")
+        if path in OPEN_PATHS:
+            return Caller("", Allowance())
+        caller = self._caller(headers)
+        wait_s = self._limits.ask(caller.name, caller.allowance, time.monotonic())
+        if wait_s:
+            raise ApiError(
+                429,
+                f"this key may ask {caller.allowance.requests_per_minute} times a minute",
+                type_="rate_limit_error",
+                code="rate_limit_exceeded",
+                retry_after_s=int(wait_s) + 1,
+            )
+        return caller
+
+    def _caller(self, headers: Headers) -> Caller:
+        if self._keys is None:
+            return Caller("", Allowance())
+        kind, _, word = headers.get("authorization", "").partition(" ")
+        try:
+            key = self._keys.find(word.strip()) if kind.lower() == "bearer" else None
+        except BsnsError as error:
+            log.error("the key file cannot be used", why=error.message)
+            raise ApiError(503, "the gateway cannot check keys now", type_="server_error") from error
+        if key is None:
+            raise ApiError(
+                401,
+                "no valid API key; send Authorization: Bearer KEY",
+                type_="authentication_error",
+                code="invalid_api_key",
+            )
+        return Caller(key.name, key.allowance)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """The body as it comes; it raises ApiError, which the application passes on, when it grows too large."""
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most_body_bytes:
+                await _drain(receive, message)
+                raise ApiError(
+                    413, f"the request is larger than {self._most_body_bytes} bytes", code="request_too_large"
+                )
+            return message
+
+        return limited
+
+
+async def _drain(receive: Receive, message: Message) -> None:
+    """Read what is left of a body, in reason: a client hears our answer only when it has sent all."""
+    read = 0
+    while message.get("more_body") and read < MOST_DRAINED_BYTES:
+        message = await receive()
+        read += len(message.get("body", b""))
+
+
+def _is_local(host: str) -> bool:
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    name = name.strip("[]")
+    if name == "localhost":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,81 @@
+"""JSON schemas as constraints on tokens, by llguidance (docs/decisions/0013-constrained-decoding.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+import torch
+from llguidance import LLMatcher
+
+from bsns.core.errors import BadOption, PeerFailed
+
+# One way to write a value, as json.dumps does: every token is a walk through the swarm, and none is spent on blanks, of
+# which a small model in doubt writes many.
+_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """Makes constraints for one model. May be called from several threads."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        """`tokenizer` is a fast one of transformers; takes about a second."""
+        size = max(vocab_size, len(tokenizer))
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size)
+        self._eos = int(tokenizer.eos_token_id)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for; it need not be whole characters."""
+        return bytes(self._tokenizer.decode_bytes([token]))
+
+    def schema(self, schema: Mapping[str, Any]) -> Matcher:
+        """JSON values that fit a schema. Raises BadOption for one that is wrong, unsatisfiable or not supported."""
+        return self._matcher(LLMatcher.grammar_from_json_schema(_tight(schema)))
+
+    def call(self, tools: Mapping[str, Mapping[str, Any]]) -> Matcher:
+        """A call of one of these: {"name": …, "arguments": …} with arguments that fit the tool's schema."""
+        # Each schema is a grammar of its own, so that its references go on pointing into it.
+        rules = []
+        for i, (name, schema) in enumerate(tools.items()):
+            opening = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+            rules.append(f'call_{i}: {opening} arguments_{i} "}}"')
+            rules.append(f"arguments_{i}: %json {_tight(schema)}")
+        start = "start: " + " | ".join(f"call_{i}" for i in range(len(tools)))
+        return self._matcher(LLMatcher.grammar_from_lark("\n".join([start, *rules])))
+
+    def _matcher(self, grammar: str) -> Matcher:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise BadOption(f"the JSON schema cannot be used: {matcher.get_error().splitlines()[0]}")
+        return Matcher(matcher, self._eos)
+
+
+class Matcher:
+    """A client's Constraint: one answer's place in a grammar."""
+
+    def __init__(self, matcher: LLMatcher, eos: int) -> None:
+        self._matcher = matcher
+        self._eos = eos
+
+    def mask(self, logits_V: torch.Tensor) -> torch.Tensor:
+        """Raises PeerFailed where the grammar has grown beyond the library's limits."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed_V = torch.from_numpy(np.unpackbits(bits, count=len(logits_V), bitorder="little"))
+        return logits_V.masked_fill(allowed_V == 0, -torch.inf)
+
+    def accept(self, token: int) -> None:
+        """Raises PeerFailed."""
+        if token != self._eos and not self._matcher.consume_token(token):
+            self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise PeerFailed(f"constrained decoding failed: {self._matcher.get_error().splitlines()[0]}")
+
+
+def _tight(schema: Mapping[str, Any]) -> str:
+    return json.dumps(dict(schema) | {"x-guidance": _OPTIONS})

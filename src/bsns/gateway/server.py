@@ -1,0 +1,82 @@
+"""The listening socket, and an orderly end: no new requests, then the streams that run, up to a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Generator
+from ipaddress import ip_address
+
+import uvicorn
+from fastapi import FastAPI
+
+from bsns.core.errors import BadOption, PortInUse
+from bsns.gateway.settings import Settings
+
+DRAIN_S = 30.0
+SEND_BYTES = 64 << 10
+"""What waits in the kernel for a client that does not read: by itself it takes megabytes of tokens before we notice."""
+
+
+class _Quiet(uvicorn.Server):
+    """uvicorn, without a hand on the process's signals: the command has its own (cli.console)."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class Listener:
+    """An address that is ours: from `serve` on a gateway listens there."""
+
+    def __init__(self, host: str, port: int, settings: Settings) -> None:
+        """Port 0 takes a free one. Raises PortInUse, BadOption."""
+        try:
+            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        except OSError as error:
+            raise BadOption(f"{host!r} is no address of this machine: {error.strerror}") from error
+        self._socket = socket.socket(family, kind, proto)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # of every connection
+            self._socket.bind(address)
+        except OSError as error:
+            self._socket.close()
+            raise PortInUse(f"cannot listen on {host} port {port}: {error.strerror}; give another --port") from error
+        self.settings = settings
+        self.host, self.port = host, int(self._socket.getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    async def serve(self, app: FastAPI, drain_s: float = DRAIN_S) -> None:
+        """Until cancelled; then streams have `drain_s` to end."""
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+        )
+        server = _Quiet(config)
+        serving = asyncio.create_task(server.serve([self._socket]))
+        try:
+            await asyncio.shield(serving)
+        except asyncio.CancelledError:
+            server.should_exit = True
+            await serving
+            raise
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
