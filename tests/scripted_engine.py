@@ -56,7 +56,7 @@ class ScriptedEngine:
         self.stands.set()
 
     async def stream(
-        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None
+        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str
     ) -> AsyncGenerator[Piece, None]:
         self.asked.append((list(tokens), options))
         ends = self.prompts.end_tokens

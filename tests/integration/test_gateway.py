@@ -77,6 +77,16 @@ def test_models(gateway: Gateway) -> None:
         gateway.client.models.retrieve("gpt-4")
 
 
+def test_the_next_turn_computes_what_is_new_alone(gateway: Gateway, swarm: tuple[Running, str]) -> None:
+    talk: list[Any] = [{"role": "user", "content": "Tell me of a river. " * 100}]
+    first = gateway.chat(messages=talk)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    idle(swarm[1])
+    talk += [{"role": "assistant", "content": first.choices[0].message.content}, *MESSAGES]
+    second = gateway.chat(messages=talk)
+    assert second.usage.prompt_tokens_details.cached_tokens > 400
+
+
 def test_greedy_chat_says_what_bsns_generate_says(gateway: Gateway, tiny: str, swarm: tuple[Running, str]) -> None:
     prompt = ("--prompt", MESSAGES[0]["content"], "--max-tokens", "12", "--json")
     expected = json.loads(bsns("generate", tiny, "--join", swarm[1], *prompt, "--raw").stdout)

@@ -33,6 +33,8 @@ class Usage:
     """What a request cost so far, in tokens."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them those that the swarm had kept."""
     answer_tokens: int = 0
 
 
@@ -43,6 +45,7 @@ class Answers:
     engine: Engine
     asks: Sequence[Ask]
     metrics: Metrics
+    tenant: str = ""
     usage: Usage = field(default_factory=Usage)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
@@ -70,12 +73,15 @@ class Answers:
     async def _one(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         metrics, usage, last_s = self.metrics, self.usage, time.monotonic()
         waited = metrics.first_token_s
-        pieces = self.engine.stream(ask.tokens, ask.options, Stats(), ask.constraint)
+        stats = Stats()
+        pieces = self.engine.stream(ask.tokens, ask.options, stats, ask.constraint, self.tenant)
         with metrics.under_way.track_inprogress():
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
                     now_s = time.monotonic()
                     waited.observe(now_s - last_s)
+                    if waited is metrics.first_token_s:
+                        usage.cached_tokens = max(usage.cached_tokens, stats.cached_tokens)
                     waited, last_s = metrics.next_token_s, now_s
                     usage.answer_tokens += 1
                     metrics.tokens.labels("out").inc()

@@ -195,7 +195,7 @@ class _Desk:
         self, request: Request, body: Sampling, asks: list[Ask], choice: Callable[[int], Choice], reply: Reply
     ) -> Response:
         caller: Caller = request.state.caller
-        answers = Answers(self.engine, asks, self.metrics)
+        answers = Answers(self.engine, asks, self.metrics, caller.name)
         # a prompt that several choices share is read once for the books
         answers.usage.prompt_tokens = sum(
             len(tokens) for tokens in {id(ask.tokens): ask.tokens for ask in asks}.values()

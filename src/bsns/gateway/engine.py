@@ -26,8 +26,10 @@ class Engine(Protocol):
         ...
 
     def stream(
-        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None
-    ) -> AsyncGenerator[Piece, None]: ...
+        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str
+    ) -> AsyncGenerator[Piece, None]:
+        """`tenant`: whose prompt it is; what the swarm keeps of it serves nobody else's."""
+        ...
 
     async def missing(self) -> tuple[BlockRange, ...]:
         """The blocks that nobody serves now."""
@@ -49,9 +51,9 @@ class SwarmEngine:
         return self._client.generator.repairs
 
     def stream(
-        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None
+        self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str
     ) -> AsyncGenerator[Piece, None]:
-        return self._client.generator.stream(tokens, options, stats, constraint)
+        return self._client.generator.stream(tokens, options, stats, constraint, tenant=tenant)
 
     async def missing(self) -> tuple[BlockRange, ...]:
         held = [record.blocks for record in await self._client.view.records() if record.state == "serving"]

@@ -144,11 +144,12 @@ class Reply:
         return head | {"message": message, "logprobs": choice.chat_logprobs(choice.told) if self.logprobs else None}
 
 
-def usage_of(usage: Usage) -> dict[str, int]:
+def usage_of(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.answer_tokens,
         "total_tokens": usage.prompt_tokens + usage.answer_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 

@@ -66,7 +66,8 @@ async def test_completions(http: httpx.AsyncClient, engine: ScriptedEngine) -> N
     said = (await http.post("/v1/completions", json=body)).json()
     assert said["object"] == "text_completion"
     assert [(c["index"], c["finish_reason"]) for c in said["choices"]] == [(i, "length") for i in range(4)]
-    assert said["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    cost = {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert said["usage"] == cost | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert [tokens for tokens, _ in engine.asked] == [[7]] * 2 + [[1, 2]] * 2
     await http.post("/v1/completions", json=body | {"prompt": ["one", "two"], "n": 1})
     assert [tokens for tokens, _ in engine.asked[4:]] == [engine.prompts.encode(word) for word in ("one", "two")]
