@@ -10,6 +10,7 @@ machine          the machine that is measured
 llama_cpp        a build of llama.cpp, and how fast it is
 llama_gguf       the models it is measured with
 compress_rivals  others' codecs and quantised layers, where they are installed
+load             chats through a gateway, while nodes are killed
 table2           six nodes over three networks, and guesses
 first_token      a long prompt over slow ways, in every codec
 """

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+from bsns.bench.emulation import hindrance
+from bsns.bench.load import bench_load
 from bsns.bench.machine import cpu_name
 from bsns.bench.table2 import bench_table2
 from bsns.model.source import resolve
@@ -15,11 +18,23 @@ from bsns.model.source import resolve
 Told = Callable[[str], None]
 
 
-async def bench_serve(model: str, *, quick: bool, told: Told) -> dict[str, Any]:
-    """Measure and report; keys as in docs/benchmarks.md. Needs an emulated network."""
+PARTS = ("table2", "load")
+
+
+async def bench_serve(model: str, *, parts: Collection[str] = PARTS, quick: bool, told: Told) -> dict[str, Any]:
+    """Measure and report; keys as in docs/benchmarks.md."""
     started_s, load_before = time.monotonic(), os.getloadavg()[0]
     source = await asyncio.to_thread(resolve, model)
-    figures = await bench_table2(model, source, quick=quick, told=told)
+    figures: dict[str, Any] = {"left_out": {}}
+    for part, problem, bench in (
+        ("table2", hindrance(), bench_table2),
+        ("load", _missing("openai", "fastapi", "llguidance", "prometheus_client", "sse_starlette"), bench_load),
+    ):
+        if part in parts and problem is not None:
+            told(f"{part} is left out: {problem}")
+            figures["left_out"][part] = problem
+        elif part in parts:
+            figures |= await bench(model, source, quick=quick, told=told)
     return {
         **figures,
         "model": source.name,
@@ -29,3 +44,9 @@ async def bench_serve(model: str, *, quick: bool, told: Told) -> dict[str, Any]:
         "took_s": round(time.monotonic() - started_s),
         "load_before": round(load_before, 2),
     }
+
+
+def _missing(*packages: str) -> str | None:
+    """What is not installed, in words; None if nothing is missing."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed" if missing else None

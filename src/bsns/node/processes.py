@@ -35,16 +35,23 @@ def prepare() -> None:
 
 
 async def start(
-    verb: str, words: Sequence[str], environment: Mapping[str, str], network: Path | None = None
+    verb: str,
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    network: Path | None = None,
+    *,
+    leashed: bool = True,
 ) -> Process:
-    """Run a verb of `bsns` with these words, leashed to this process, its standard output piped to us.
+    """Run a verb of `bsns` with these words, its standard output piped to us.
 
-    `network`: the file of the network namespace that it shall be in, if not ours. Raises PeerFailed.
+    `network`: the file of the network namespace that it shall be in, if not ours. `leashed`: the verb knows whose it
+    is, and ends with us wherever that can be. Raises PeerFailed.
     """
+    leash = ("--leashed", "0" if FORKS else str(os.getpid())) if leashed else ()
     if FORKS:
-        return await _ForkedProcess.start((verb, "--leashed", "0", *words), environment, network)
+        return await _ForkedProcess.start((verb, *leash, *words), environment, network)
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bsns.cli.main", verb, "--leashed", str(os.getpid()), *words),
+        *(sys.executable, "-m", "bsns.cli.main", verb, *leash, *words),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         env=environment,
