@@ -81,10 +81,13 @@ async def bench_load(model: str, source: ModelSource, *, quick: bool, told: Told
     halves = equal_split(source.block_count, 2)
     told("load: starting four nodes and a gateway")
     async with LocalSwarm(model, [*halves, *halves], dtype=DTYPE) as swarm:
-        words = (model, "--join", swarm.peer.invite, "--port", "0", "--json")
+        # the same codec wherever an answer goes: with int8 on some ways its tokens would depend on the way
+        words = (model, "--join", swarm.peer.invite, "--port", "0", "--wire", "none", "--json")
         gateway = await start("gateway", words, os.environ, leashed=False)
+        background: list[asyncio.Task[None]] = []
         try:
             url, name = await _listening(gateway)
+            background.append(asyncio.create_task(_drain(gateway)))
             bench = _Load(url, name, told)
             await bench.undisturbed()
             figures: dict[str, Any] = {}
@@ -93,14 +96,13 @@ async def bench_load(model: str, source: ModelSource, *, quick: bool, told: Told
                 figures[str(chats)] = await bench.run(chats, 8.0 if quick else 60.0)
             minutes, every_s = (0.5, 10.0) if quick else (10.0, KILL_EVERY_S)
             told(f"load: {MOST_CHATS} chats for {minutes:g} minutes, a node killed every {every_s:g} s")
-            killing = asyncio.create_task(_kill(swarm, every_s, told))
-            try:
-                struck = await bench.run(MOST_CHATS, 60.0 * minutes)
-            finally:
-                killing.cancel()
-                await asyncio.gather(killing, return_exceptions=True)
+            background.append(asyncio.create_task(_kill(swarm, every_s, told)))
+            struck = await bench.run(MOST_CHATS, 60.0 * minutes)
             return {"load": figures, "killed": {"minutes": minutes, "kill_every_s": every_s, **struck}}
         finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             if gateway.returncode is None:
                 gateway.send_signal(signal.SIGTERM)
                 await gateway.wait()
@@ -194,7 +196,6 @@ async def _listening(gateway: Process) -> tuple[str, str]:
     while line := await gateway.stdout.readline():
         match json.loads(line):
             case {"event": "listening", "url": str(url), "model": str(model)}:
-                asyncio.create_task(_drain(gateway))
                 return url, model
             case {"event": "error", "message": str(message)}:
                 raise PeerFailed(f"the gateway: {message}")
