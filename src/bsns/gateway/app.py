@@ -46,9 +46,7 @@ log = structlog.get_logger(__name__)
 _FIELD = re.compile(r"[a-z_]\w*|\d+")
 T = TypeVar("T")
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503)
-}
+REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
 def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAPI:
