@@ -83,6 +83,9 @@ def gateway(
             "--stalled-s", min=0.1, metavar="SECONDS", help="Give up a client that reads nothing for so long."
         ),
     ] = 30.0,
+    deadline_s: Annotated[
+        float, typer.Option("--deadline-s", min=0.1, metavar="SECONDS", help="How long an answer waits for the swarm.")
+    ] = 20.0,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 1,
     objective: routing.Objective = "latency",
@@ -112,6 +115,7 @@ def gateway(
                 model,
                 dtype=dtype,
                 threads=threads,
+                deadline_s=deadline_s,
                 objective=objective,
                 weights=weights,
                 warm_spares=warm_spares,

@@ -21,11 +21,11 @@ from starlette.exceptions import HTTPException
 
 import bsns
 from bsns.client.generate import Piece
-from bsns.core.errors import BsnsError
+from bsns.core.errors import BsnsError, MissingBlocks
 from bsns.gateway.answering import Answers, Ask
 from bsns.gateway.chat import constraint_of, prompt_of
 from bsns.gateway.engine import Engine
-from bsns.gateway.errors import ApiError, ErrorBody, bad_request, from_bsns, internal
+from bsns.gateway.errors import ApiError, ErrorBody, bad_request, from_bsns, internal, unserved
 from bsns.gateway.gate import Caller, Gate
 from bsns.gateway.grammar import Grammars
 from bsns.gateway.limits import Limits
@@ -71,8 +71,7 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
     async def ready() -> dict[str, str]:
         """The swarm has the whole model; otherwise 503 names what is missing."""
         if gaps := await engine.missing():
-            missing = f"nobody serves blocks {', '.join(map(str, gaps))} of {engine.name}"
-            raise ApiError(503, missing, type_="server_error", code="MissingBlocks")
+            raise unserved(gaps, engine.name)
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response)
@@ -122,7 +121,7 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
 
     @app.exception_handler(BsnsError)
     async def on_bsns(request: Request, error: BsnsError) -> JSONResponse:
-        return from_bsns(error).response()
+        return (await desk.told(error)).response()
 
     app.add_middleware(
         Gate,
@@ -242,8 +241,7 @@ class _Desk:
                     if text or calls or told or choice.finish:
                         yield _event(reply.chunk(choice, text, calls, told))
             except BsnsError as error:
-                log.warning("a stream failed", code=error.code, why=error.message)
-                yield _event(from_bsns(error).body())
+                yield _event((await self.told(error)).body())
                 return
             except Exception:
                 log.exception("a stream failed")
@@ -252,6 +250,15 @@ class _Desk:
             if body.stream_options is not None and body.stream_options.include_usage:
                 yield _event(reply.closing(answers.usage))
             yield {"data": "[DONE]"}
+
+    async def told(self, error: BsnsError) -> ApiError:
+        """What the client is told; the log has the rest."""
+        told = from_bsns(error)
+        if told.status_code == 503:
+            log.warning("the swarm failed a request", code=error.code, why=error.message)
+            if not isinstance(error, MissingBlocks) and (gaps := await self.engine.missing()):
+                return unserved(gaps, self.engine.name)
+        return told
 
     @contextlib.contextmanager
     def _room(self, caller: Caller, answers: int) -> Iterator[None]:
