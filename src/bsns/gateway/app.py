@@ -17,12 +17,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 import bsns
 from bsns.client.generate import Piece
 from bsns.core.errors import BsnsError, MissingBlocks
-from bsns.gateway.answering import Answers, Ask
+from bsns.gateway.answering import Answers, Ask, Usage
 from bsns.gateway.chat import constraint_of, prompt_of
 from bsns.gateway.engine import Engine
 from bsns.gateway.errors import ApiError, ErrorBody, bad_request, from_bsns, internal, unserved
@@ -198,8 +200,7 @@ class _Desk:
             len(tokens) for tokens in {id(ask.tokens): ask.tokens for ask in asks}.values()
         )
         choices = [choice(i) for i in range(len(asks))]
-        stack = contextlib.AsyncExitStack()
-        async with stack:
+        async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._room(caller, len(asks)))
             pieces = answers.pieces()
             stack.push_async_callback(pieces.aclose)
@@ -207,49 +208,46 @@ class _Desk:
             first = await unless_gone(request, anext(pieces))
             self.metrics.tokens.labels("in").inc(answers.usage.prompt_tokens)
             if body.stream:
-                events = self._events(body, answers, pieces, first, choices, reply, stack.pop_all())
-                return EventSourceResponse(events, send_timeout=self.settings.stalled_s, sep="\n")
-            choices[first[0]].push(first[1])
+                events = self._events(body, answers.usage, _with(first, pieces), choices, reply)
+                response: Response = _Stream(events, stack.pop_all(), self.settings.stalled_s)
+            else:
 
-            async def rest() -> None:
-                async for index, piece in pieces:
-                    choices[index].push(piece)
+                async def see_through() -> None:
+                    async for index, piece in _with(first, pieces):
+                        choices[index].push(piece)
 
-            await unless_gone(request, rest())
-            return JSONResponse(reply.whole(choices, answers.usage))
-        raise AssertionError("unreachable")
+                await unless_gone(request, see_through())
+                response = JSONResponse(reply.whole(choices, answers.usage))
+        return response
 
     async def _events(
         self,
         body: Sampling,
-        answers: Answers,
+        usage: Usage,
         pieces: AsyncGenerator[tuple[int, Piece], None],
-        first: tuple[int, Piece],
         choices: list[Choice],
         reply: Reply,
-        stack: contextlib.AsyncExitStack,
     ) -> AsyncGenerator[dict[str, str], None]:
         """Server-sent events; a failure on the way is one of them, and the last."""
-        async with stack:
-            try:
-                if reply.chat:
-                    for choice in choices:
-                        yield _event(reply.opening(choice.index))
-                async for index, piece in _with(first, pieces):
-                    choice = choices[index]
-                    text, calls, told = choice.push(piece)
-                    if text or calls or told or choice.finish:
-                        yield _event(reply.chunk(choice, text, calls, told))
-            except BsnsError as error:
-                yield _event((await self.told(error)).body())
-                return
-            except Exception:
-                log.exception("a stream failed")
-                yield _event(internal(str(structlog.contextvars.get_contextvars().get("request_id"))).body())
-                return
-            if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event(reply.closing(answers.usage))
-            yield {"data": "[DONE]"}
+        try:
+            if reply.chat:
+                for choice in choices:
+                    yield _event(reply.opening(choice.index))
+            async for index, piece in pieces:
+                choice = choices[index]
+                text, calls, told = choice.push(piece)
+                if text or calls or told or choice.finish:
+                    yield _event(reply.chunk(choice, text, calls, told))
+        except BsnsError as error:
+            yield _event((await self.told(error)).body())
+            return
+        except Exception:
+            log.exception("a stream failed")
+            yield _event(internal(str(structlog.contextvars.get_contextvars().get("request_id"))).body())
+            return
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield _event(reply.closing(usage))
+        yield {"data": "[DONE]"}
 
     async def told(self, error: BsnsError) -> ApiError:
         """What the client is told; the log has the rest."""
@@ -275,6 +273,23 @@ class _Desk:
             yield
         finally:
             self.limits.end(caller.name, answers)
+
+
+class _Stream(EventSourceResponse):
+    """Events that hold something, which is let go of however the stream ends, even before it has begun."""
+
+    def __init__(
+        self, events: AsyncGenerator[dict[str, str], None], held: contextlib.AsyncExitStack, stalled_s: float
+    ) -> None:
+        super().__init__(events, send_timeout=stalled_s, sep="\n")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            try:
+                await super().__call__(scope, receive, send)
+            except SendTimeoutError:
+                log.info("a client stopped reading its stream, and is given up")
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
