@@ -267,6 +267,19 @@ def test_an_orderly_end(tiny: str, swarm: tuple[Running, str]) -> None:
     command.family.left_nothing()
 
 
+def test_streams_that_do_not_end_in_time(tiny: str, swarm: tuple[Running, str]) -> None:
+    with running("gateway", tiny, "--join", swarm[1], "--port", "0", "--drain-s", "1", "--json") as command:
+        chunks = iter(Gateway(command).chat(stream=True, max_tokens=LONG))
+        next(chunks)
+        command.signal(signal.SIGTERM)
+        assert command.finish(10).returncode == 130
+        with pytest.raises(openai.APIConnectionError):
+            for _ in chunks:
+                pass
+    command.family.left_nothing()
+    idle(swarm[1])
+
+
 def test_a_second_signal_leaves_at_once(tiny: str, swarm: tuple[Running, str]) -> None:
     with running("gateway", tiny, "--join", swarm[1], "--port", "0", "--json") as command:
         gateway = Gateway(command)
@@ -289,12 +302,38 @@ def _listens(address: tuple[str, int]) -> bool:
     return True
 
 
-def test_up_with_a_gateway_and_a_node_that_is_lost(tiny: str) -> None:
+def test_up_with_a_gateway(tiny: str) -> None:
     with running("up", tiny, "--nodes", "2", "--gateway", "--gateway-port", "0", "--json") as command:
         command.event("serving")
-        gateway = Gateway(command)
-        stream = gateway.chat(stream=True, max_tokens=LONG)
-        chunks = iter(stream)
-        next(chunks)
-        assert gateway.chat().choices
-        stream.close()
+        assert Gateway(command).chat().choices
+        command.signal(signal.SIGTERM)
+        assert command.finish(20).returncode == 130
+    command.family.left_nothing()
+
+
+def test_a_node_that_is_lost_in_the_middle(tiny: str) -> None:
+    """The stream ends with an error that names the blocks; so does what comes after it."""
+    with running("serve", tiny, "--blocks", "0:2", "--threads", "1", "--json") as first:
+        invite = first.event("serving")["invite"]
+        with running("serve", tiny, "--blocks", "2:4", "--join", invite, "--threads", "1", "--json") as second:
+            second.event("serving")
+            options = ("--join", invite, "--port", "0", "--deadline-s", "3", "--json")
+            with running("gateway", tiny, *options) as command:
+                gateway = Gateway(command)
+                chunks = iter(gateway.chat(stream=True, max_tokens=LONG))
+                next(chunks)
+                second.kill()
+                with pytest.raises(openai.APIError, match="2:4") as caught:
+                    for _ in chunks:
+                        pass
+                assert caught.value.code == "MissingBlocks"
+                unready = until(lambda: _unless_ready(gateway.url), 30, "the news of the loss")
+                assert "2:4" in unready["error"]["message"]
+                with pytest.raises(openai.InternalServerError, match="2:4") as refused:
+                    gateway.chat()
+                assert refused.value.status_code == 503
+
+
+def _unless_ready(url: str) -> Any:
+    said = httpx.get(f"{url}/ready")
+    return said.json() if said.status_code == 503 else None

@@ -83,6 +83,9 @@ def gateway(
             "--stalled-s", min=0.1, metavar="SECONDS", help="Give up a client that reads nothing for so long."
         ),
     ] = 30.0,
+    deadline_s: Annotated[
+        float, typer.Option("--deadline-s", min=0.1, metavar="SECONDS", help="How long an answer waits for the swarm.")
+    ] = 20.0,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 1,
     objective: routing.Objective = "latency",
@@ -112,6 +115,7 @@ def gateway(
                 model,
                 dtype=dtype,
                 threads=threads,
+                deadline_s=deadline_s,
                 objective=objective,
                 weights=weights,
                 warm_spares=warm_spares,
@@ -164,12 +168,14 @@ async def serve_http(client: Client, listener: Listener, *, drain_s: float = 30.
     engine = SwarmEngine(client)
     with doing("reading the vocabulary", quiet=as_json):
         grammars = await asyncio.to_thread(Grammars, engine.prompts.tokenizer, engine.vocab_size)
+    app = create_app(engine, grammars, listener.settings)
     log_requests(as_json=as_json)
+    listener.listen()
     if as_json:
         emit({"event": "listening", "url": listener.url, "model": engine.name})
     else:
         tell(f"{engine.name} answers at {listener.url}/v1")
-    await listener.serve(create_app(engine, grammars, listener.settings), drain_s)
+    await listener.serve(app, drain_s)
 
 
 @keys_app.command("add")

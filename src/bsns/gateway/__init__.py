@@ -4,6 +4,7 @@ engine      the port to the model that answers, and the swarm behind it
 settings    what an operator decides
 server      the listening socket, and an orderly end
 app         the endpoints
+desk        requests for completions, from what was asked to the reply
 gate        who may come in, how often, and with how large a body; a request's id, its log line and its figures
 keys        API keys and the file that holds their hashes
 limits      how often and how much at once (pure)

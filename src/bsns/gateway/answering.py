@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from bsns.client.generate import Piece, Stats
 from bsns.client.sampling import Constraint, SamplingOptions
@@ -45,8 +45,9 @@ class Answers:
     engine: Engine
     asks: Sequence[Ask]
     metrics: Metrics
-    tenant: str = ""
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage
+    tenant: str
+    """Whose they are."""
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Each choice's next piece, by its number. A reader that waits holds them all up; closing this frees them.

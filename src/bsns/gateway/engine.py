@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
@@ -10,6 +13,8 @@ from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.node.client import Client
+
+READY_FRESH_S = 2.0
 
 
 class Engine(Protocol):
@@ -45,6 +50,9 @@ class SwarmEngine:
         self.prompts = generator.prompts
         self.context_tokens = generator.context_tokens
         self.vocab_size = generator.vocab_size
+        self._looking = asyncio.Lock()
+        self._looked_s = -math.inf
+        self._gaps: tuple[BlockRange, ...] = ()
 
     @property
     def repairs(self) -> int:
@@ -56,5 +64,13 @@ class SwarmEngine:
         return self._client.generator.stream(tokens, options, stats, constraint, tenant=tenant)
 
     async def missing(self) -> tuple[BlockRange, ...]:
-        held = [record.blocks for record in await self._client.view.records() if record.state == "serving"]
-        return missing_blocks(held, self._client.source.block_count)
+        """Asks the nodes themselves, for a record outlives its node by a minute; at most every `READY_FRESH_S`, since
+        anybody may ask this."""
+        async with self._looking:
+            now_s = time.monotonic()
+            if now_s - self._looked_s > READY_FRESH_S:
+                nodes = await self._client.status()
+                here = [node.record for node in nodes if node.now is not None and node.record.state == "serving"]
+                self._gaps = missing_blocks((record.blocks for record in here), self._client.source.block_count)
+                self._looked_s = now_s
+        return self._gaps

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, CacheTooSmall, MissingBlocks, PromptTooLong, UserError
 
 ROOM_AGAIN_S = 5
@@ -59,7 +61,10 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def from_bsns(error: BsnsError) -> ApiError:
-    """A typed failure of ours as the client is told it: what it can change is 400, a full swarm 429, the rest 503."""
+    """A typed failure of ours as the client is told it: what it can change is 400, a full swarm 429, the rest 503.
+
+    Which node failed, where and how is the operator's business: clients are not told addresses.
+    """
     match error:
         case PromptTooLong():
             return bad_request(error.message, "messages", "context_length_exceeded")
@@ -72,9 +77,19 @@ def from_bsns(error: BsnsError) -> ApiError:
         case CacheFull():
             return ApiError(429, error.message, type_="rate_limit_error", code=error.code, retry_after_s=ROOM_AGAIN_S)
         case MissingBlocks():
-            return ApiError(503, error.message, type_="server_error", code=error.code, retry_after_s=ROOM_AGAIN_S)
+            return unavailable(error.message.split("; it is needed because")[0], error.code)
         case _:
-            return ApiError(503, error.message, type_="server_error", code=error.code, retry_after_s=1)
+            return unavailable("the swarm lost this answer, and nobody took over in time; ask again", error.code)
+
+
+def unserved(gaps: Sequence[BlockRange], model: str) -> ApiError:
+    """Nobody has these blocks of the model."""
+    return unavailable(f"nobody serves blocks {', '.join(map(str, gaps))} of {model}", MissingBlocks.__name__)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """The swarm's state: later it may do."""
+    return ApiError(503, message, type_="server_error", code=code, retry_after_s=ROOM_AGAIN_S)
 
 
 def internal(request_id: str) -> ApiError:

@@ -5,6 +5,8 @@ It gives every request an id, which the reply carries and the log names, and cou
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import secrets
 import time
@@ -25,8 +27,10 @@ log = structlog.get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """For those who watch over processes; they tell nothing that is secret."""
-MOST_DRAINED_BYTES = 64 << 20
-"""So much more of a body that is too large is read and dropped."""
+BODY_S = 30.0
+"""How long each piece of a body may take to come."""
+MOST_DRAINED_BYTES, DRAIN_S = 16 << 20, 5.0
+"""So much of a body that is refused is read and dropped, for so long."""
 _REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 
@@ -84,6 +88,7 @@ class Gate:
                 try:
                     caller = scope.setdefault("state", {})["caller"] = self._admit(headers, path)
                 except ApiError as error:
+                    await _drain(receive)
                     await error.response()(scope, receive, tell)
                 else:
                     await self._app(scope, self._limited(receive), tell)
@@ -134,15 +139,21 @@ class Gate:
         return Caller(key.name, key.allowance)
 
     def _limited(self, receive: Receive) -> Receive:
-        """The body as it comes; it raises ApiError, which the application passes on, when it grows too large."""
-        read = 0
+        """The body as it comes; where it grows too large or does not come, this raises ApiError, which the application
+        passes on."""
+        read, more = 0, True
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
+            nonlocal read, more
+            try:
+                async with asyncio.timeout(BODY_S if more else None):  # behind the body comes the client's going
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(408, f"the request's body did not come within {BODY_S:g} s") from None
+            read, more = read + len(message.get("body", b"")), message.get("more_body", False)
             if read > self._most_body_bytes:
-                await _drain(receive, message)
+                if more:
+                    await _drain(receive)
                 raise ApiError(
                     413, f"the request is larger than {self._most_body_bytes} bytes", code="request_too_large"
                 )
@@ -151,12 +162,14 @@ class Gate:
         return limited
 
 
-async def _drain(receive: Receive, message: Message) -> None:
-    """Read what is left of a body, in reason: a client hears our answer only when it has sent all."""
-    read = 0
-    while message.get("more_body") and read < MOST_DRAINED_BYTES:
-        message = await receive()
-        read += len(message.get("body", b""))
+async def _drain(receive: Receive) -> None:
+    """Read what is left of a body, in reason: a client that is still sending may not hear our answer."""
+    read, more = 0, True
+    with contextlib.suppress(TimeoutError):  # then it is answered all the same
+        async with asyncio.timeout(DRAIN_S):
+            while more and read < MOST_DRAINED_BYTES:
+                message = await receive()
+                read, more = read + len(message.get("body", b"")), message.get("more_body", False)
 
 
 def _is_local(host: str) -> bool:

@@ -10,8 +10,9 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher
+from numpy.typing import NDArray
 
-from bsns.core.errors import BadOption, PeerFailed
+from bsns.core.errors import BadOption
 
 # One way to write a value, as json.dumps does: every token is a walk through the swarm, and none is spent on blanks, of
 # which a small model in doubt writes many.
@@ -47,34 +48,39 @@ class Grammars:
         return self._matcher(LLMatcher.grammar_from_lark("\n".join([start, *rules])))
 
     def _matcher(self, grammar: str) -> Matcher:
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            raise BadOption(f"the JSON schema cannot be used: {matcher.get_error().splitlines()[0]}")
-        return Matcher(matcher, self._eos)
+        matcher = Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self._eos)
+        matcher.allowed()  # some of what nothing can satisfy shows only here
+        return matcher
 
 
 class Matcher:
-    """A client's Constraint: one answer's place in a grammar."""
+    """A client's Constraint: one answer's place in a grammar.
+
+    Every method raises BadOption where the schema is wrong or grows beyond the library's limits.
+    """
 
     def __init__(self, matcher: LLMatcher, eos: int) -> None:
         self._matcher = matcher
         self._eos = eos
+        self._check()
 
-    def mask(self, logits_V: torch.Tensor) -> torch.Tensor:
-        """Raises PeerFailed where the grammar has grown beyond the library's limits."""
+    def allowed(self) -> NDArray[np.uint8]:
+        """A bit for each token, the lowest of a byte first."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        allowed_V = torch.from_numpy(np.unpackbits(bits, count=len(logits_V), bitorder="little"))
-        return logits_V.masked_fill(allowed_V == 0, -torch.inf)
+        return bits
+
+    def mask(self, logits_V: torch.Tensor) -> torch.Tensor:
+        allowed_V = np.unpackbits(self.allowed(), count=len(logits_V), bitorder="little").view(np.bool_)
+        return torch.where(torch.from_numpy(allowed_V), logits_V, -torch.inf)  # a third of masked_fill's time
 
     def accept(self, token: int) -> None:
-        """Raises PeerFailed."""
         if token != self._eos and not self._matcher.consume_token(token):
             self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise PeerFailed(f"constrained decoding failed: {self._matcher.get_error().splitlines()[0]}")
+            raise BadOption(f"the JSON schema cannot be used: {self._matcher.get_error().splitlines()[0]}")
 
 
 def _tight(schema: Mapping[str, Any]) -> str:

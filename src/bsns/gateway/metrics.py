@@ -25,7 +25,7 @@ class Metrics:
         )
         self.first_token_s = Histogram(
             "bsns_gateway_time_to_first_token_seconds",
-            "From a request's arrival to an answer's first token",
+            "From asking the swarm for an answer to its first token",
             buckets=_SECONDS,
             registry=registry,
         )

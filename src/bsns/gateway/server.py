@@ -15,6 +15,8 @@ from bsns.core.errors import BadOption, PortInUse
 from bsns.gateway.settings import Settings
 
 DRAIN_S = 30.0
+BACKLOG = 2048
+"""uvicorn's."""
 SEND_BYTES = 64 << 10
 """What waits in the kernel for a client that does not read: by itself it takes megabytes of tokens before we notice."""
 
@@ -28,7 +30,7 @@ class _Quiet(uvicorn.Server):
 
 
 class Listener:
-    """An address that is ours: from `serve` on a gateway listens there."""
+    """An address that is ours, and the gateway that answers there."""
 
     def __init__(self, host: str, port: int, settings: Settings) -> None:
         """Port 0 takes a free one. Raises PortInUse, BadOption."""
@@ -39,7 +41,9 @@ class Listener:
         self._socket = socket.socket(family, kind, proto)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # of every connection
+            # Both hold for every connection. What a client that was given up has not read would keep it open for ever.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2e3 * settings.stalled_s))
             self._socket.bind(address)
         except OSError as error:
             self._socket.close()
@@ -51,6 +55,10 @@ class Listener:
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+    def listen(self) -> None:
+        """From now on clients can connect, and wait until `serve` answers them."""
+        self._socket.listen(BACKLOG)
 
     async def serve(self, app: FastAPI, drain_s: float = DRAIN_S) -> None:
         """Until cancelled; then streams have `drain_s` to end."""

@@ -216,6 +216,9 @@ async def test_the_users_own_mistakes(
         {"type": "string", "pattern": "(("},
         {"$ref": "#/$defs/none"},
         {"$ref": "https://example.com/schema.json"},
+        {"$ref": "#"},
+        {"enum": [f"word {i}" for i in range(100_000)]},
+        {"anyOf": [{"type": "object", "properties": {f"a{i}": {}}, "required": [f"a{i}"]} for i in range(5000)]},
         {"type": "array", "uniqueItems": True},
         {"x-guidance": 3, "type": "wordle"},
         {"type": "string", "pattern": "\ud800"},
@@ -289,7 +292,7 @@ FAILURES: list[tuple[BsnsError, int, str]] = [
     (CacheTooSmall("no"), 400, "CacheTooSmall"),
     (CacheFull("full"), 429, "CacheFull"),
     (MissingBlocks("nobody serves blocks 3:5"), 503, "MissingBlocks"),
-    (PeerLost("gone"), 503, "PeerLost"),
+    (PeerLost("node x at 10.0.0.1 is gone"), 503, "PeerLost"),
 ]
 
 
@@ -303,9 +306,17 @@ async def test_failures_before_the_first_token(
     assert said.status_code == status
     error = said.json()["error"]
     assert error["code"] == code
-    assert failure.message in error["message"]
+    assert (failure.message in error["message"]) == (not isinstance(failure, PeerLost))
+    assert "10.0.0.1" not in said.text
     assert ("retry-after" in said.headers) == (status in (429, 503))
     assert engine.open == 0
+
+
+async def test_a_lost_node_whose_blocks_nobody_has(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.fails, engine.gaps = PeerLost("gone"), (BlockRange(3, 5),)
+    said = await http.post("/v1/chat/completions", json=chat())
+    assert (said.status_code, said.json()["error"]["code"]) == (503, "MissingBlocks")
+    assert "3:5" in said.json()["error"]["message"]
 
 
 async def test_a_failure_in_the_middle(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
