@@ -43,7 +43,8 @@ class Listener:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # Both hold for every connection. What a client that was given up has not read would keep it open for ever.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2e3 * settings.stalled_s))
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(2e3 * settings.stalled_s))
             self._socket.bind(address)
         except OSError as error:
             self._socket.close()
