@@ -27,6 +27,8 @@ from bsns.worker.faults import VARIABLE
 
 __all__ = ["tiny"]
 
+PLAIN: dict[str, Any] = {"speculate": False, "keep_sessions": 0}
+"""What a replay costs is counted in rows: none are guessed, and none are there already."""
 LEAVE = "leave"
 LONG = SamplingOptions(max_tokens=600)
 """An answer that lasts until those who are asked to leave have heard of it: they serve it to its end otherwise."""
@@ -50,7 +52,10 @@ async def test_every_fault_in_every_place(tiny: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(VARIABLE, "1")
     source = resolve(str(Path(tiny)))
     ranges = ranges_of(BLOCKS)
-    async with LocalSwarm(tiny, ranges, dtype=DTYPE) as swarm, Client.on(swarm.peer, source, dtype=DTYPE) as client:
+    async with (
+        LocalSwarm(tiny, ranges, dtype=DTYPE) as swarm,
+        Client.on(swarm.peer, source, dtype=DTYPE, **PLAIN) as client,
+    ):
         bench = Bench(swarm, client)
         figures = await bench.cells(quick=True, told=silent, faults=[fault for fault in SIGNALS if fault != LEAVE])
         leaving = await bench.cells(quick=True, told=silent, faults=[LEAVE], sampling=[LONG])
@@ -68,7 +73,7 @@ async def test_cut_networks(tiny: str) -> None:
         own_home, places = Home(network.address(CLIENT)), homes(network, len(ranges))
         swarm = LocalSwarm(tiny, ranges, dtype=DTYPE, homes=places, own_home=own_home)
         await stack.enter_async_context(swarm)
-        client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE))
+        client = await stack.enter_async_context(Client.on(swarm.peer, source, dtype=DTYPE, **PLAIN))
         survived(await Bench(swarm, client, network).cells(quick=True, told=silent, faults=(CUT,)), CUT)
     assert not list(NAMESPACES.glob(f"bsns-{os.getpid()}-*"))
 
