@@ -76,7 +76,7 @@ def test_a_signal_while_libraries_load(tiny: str, after_s: float) -> None:
 
 def test_a_signal_while_nodes_start(tiny: str) -> None:
     with running("up", tiny, "--nodes", "2", *LONG) as command:
-        until(lambda: len(command.family.look().named("serve")) == 2, 20, "two nodes")
+        until(lambda: len(command.family.look().named("serve")) == 2, 60, "two nodes")
         command.signal(signal.SIGTERM)
         ended = command.finish(5)
         assert ended.returncode == 130, ended
@@ -100,7 +100,7 @@ def test_its_parent_killed(tiny: str, moment: str) -> None:
     try:
         assert parent.stdout is not None
         if moment == "starting":
-            until(lambda: family.look().named("bsns.cli.main"), 10, "the command")
+            until(lambda: family.look().named("bsns.cli.main"), 30, "the command")
         else:
             assert json.loads(parent.stdout.readline())["event"] == "serving"
         family.look()
@@ -133,7 +133,7 @@ def test_a_node_killed_while_nobody_asks(tiny: str) -> None:
 
 def test_a_node_killed_while_it_starts(tiny: str) -> None:
     with running("up", tiny, "--nodes", "2", *LONG) as command:
-        until(lambda: command.family.look().named("2:4"), 20, "the second node")[0].kill()
+        until(lambda: command.family.look().named("2:4"), 60, "the second node")[0].kill()
         ended = command.finish(10)
         says(ended, "node 2 was ended by SIGKILL", "before it served", status=1)
         command.family.left_nothing()
