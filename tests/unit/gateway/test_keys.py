@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from memory_swarm import until
 from scripted_engine import ScriptedEngine, chat, client_of
 
@@ -16,6 +17,7 @@ from bsns.core.errors import BadOption
 from bsns.gateway.grammar import Grammars
 from bsns.gateway.keys import KeyRing, add_key, read_keys, remove_key
 from bsns.gateway.limits import Allowance
+from bsns.gateway.logs import log_requests
 from bsns.gateway.settings import Settings
 
 
@@ -155,10 +157,15 @@ async def test_logs_hold_no_secret(
     file: Path, engine: ScriptedEngine, grammars: Grammars, capfd: pytest.CaptureFixture[str]
 ) -> None:
     word = add_key(file, "ann")
-    async with client_of(engine, grammars, Settings(KeyRing(file))) as http:
-        body = chat(messages=[{"role": "user", "content": "my private question"}], temperature=-1)
-        await http.post("/v1/chat/completions?key=hidden", json=body, headers=bearer(word))
-        await http.post("/v1/chat/completions", json=body | {"temperature": 1}, headers=bearer(word))
+    before = structlog.get_config()
+    log_requests(as_json=False)
+    try:
+        async with client_of(engine, grammars, Settings(KeyRing(file))) as http:
+            body = chat(messages=[{"role": "user", "content": "my private question"}], temperature=-1)
+            await http.post("/v1/chat/completions?key=hidden", json=body, headers=bearer(word))
+            await http.post("/v1/chat/completions", json=body | {"temperature": 1}, headers=bearer(word))
+    finally:
+        structlog.configure(**before)
     said = "".join(capfd.readouterr())
     assert "ann" in said
     assert all(secret not in said for secret in (word, "private", "hidden", "Hello there"))
