@@ -13,7 +13,7 @@ decoder     the thread that turns activations into tokens and tokens into activa
 generate    a prompt's way to a streamed answer
 sampling    logits to a token, a pure function of seed and position
 detokenize  tokens to text, and stop strings
-speculation guesses at the next tokens (pure)
+speculation  guesses at the next tokens (pure)
 kept        sessions that are kept for prompts that go on where they ended (pure)
 prompts     tokenizer and chat template
 """
