@@ -318,11 +318,14 @@ async def test_a_spare_that_falls_silent_is_given_up(
 
 
 async def test_a_spare_that_does_not_keep_up_is_given_up(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bsns.client.spares.LOOK_S", 0.02)
-    monkeypatch.setattr("bsns.client.spares.MOST_BEHIND", 4)
     await scene.start(*ALL)
     undisturbed = await answer(scene.client(warm=False), LONG, GREEDY)
     talk = await begun(scene, GREEDY, *ALL)
+    # not before: until it has the prompt, a spare is as far behind as that is long
+    monkeypatch.setattr("bsns.client.spares.LOOK_S", 0.02)
+    monkeypatch.setattr("bsns.client.spares.MOST_BEHIND", 4)
+    (held,) = talk.client._spares._held.values()
+    held.news.set()
     scene.worker("b1")._short_s = 0.0  # so that it computes on its thread, as a slow node does
     scene.snail("b1").delay_s = 0.5
     while "b1" in spares(talk.client):  # or until the answer has ended, which fails
