@@ -42,7 +42,7 @@ VALID: list[tuple[Message, list[bytes]]] = [
     (Rerouted(SessionId(1)), []),
     (Mirror(SessionId(1), PeerId("c"), ("/ip4/1.2.3.4/tcp/1",), 5), []),
     (Mirrored(SessionId(1), PeerId("c"), "PeerLost", "gone", PeerId("c")), []),
-    (Resize(SessionId(1), 20, parked=True), []),
+    (Resize(SessionId(1), 20, 12, parked=True), []),
     (Resized(SessionId(1), "CacheFull", "no room", None), []),
     (Where(SessionId(1)), []),
     (There(SessionId(1), 7, 6), []),

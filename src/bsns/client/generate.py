@@ -388,9 +388,11 @@ class Generator:
             return None
         kept, common = found
         try:
-            await kept.session.resume(max_tokens, RESUME_S)
+            await kept.session.resume(max_tokens, common, RESUME_S)
         except BaseException as error:
             self._spawn(kept.session.close())
+            if isinstance(error, PeerError) and error.peer is not None:
+                self._blame(error.peer, error)
             if not isinstance(error, BsnsError):
                 raise
             log.info("a kept session could not go on", reason=error.message)
@@ -497,7 +499,8 @@ class Generator:
             reader.heard.put_nowait(PeerFailed(f"looking after the stages failed: {error!r}"))
 
     def _step(self, steps: Sequence[tuple[SessionId, int, int, int, Buffer]], codec: str) -> tuple[Step, list[Buffer]]:
-        parts = tuple(Part(session, position, rows, wanted) for session, position, rows, wanted, _ in steps)
+        turns = {session: reader.turns for session, *_ in steps if (reader := self._readers.get(session)) is not None}
+        parts = tuple(Part(s, at, rows, wanted, turn=turns.get(s, 0)) for s, at, rows, wanted, _ in steps)
         rows = sum(part.rows for part in parts)
         tensors = (coded("hidden", self._dtype, (rows, self._hidden_size), codec),)
         return Step(parts, tensors), [hidden for *_, hidden in steps]
@@ -523,7 +526,7 @@ class Generator:
                     continue  # it was given up, and is late
                 raise BadTensor(f"{peer} answered session {part.session}, of which it is not the last stage")
             end, goal = part.position + part.rows, reader.goal
-            if end <= reader.through or (part.wanted and not reader.due) or end - part.wanted < reader.through:
+            if end <= reader.through or (part.wanted and not (reader.due and part.turn == reader.turns)):
                 continue  # it came twice: once before a repair, once after
             if not part.wanted and end < goal:
                 reader.came_through(end)

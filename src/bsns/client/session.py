@@ -260,12 +260,13 @@ class Session:
         self.max_tokens = tokens
         for link in self._open:
             with contextlib.suppress(BsnsError):  # that it is gone shows when the session is wanted again
-                link.post(Resize(self.id, tokens, parked=True))
+                link.post(Resize(self.id, tokens, tokens, parked=True))
 
-    async def resume(self, max_tokens: int, deadline_s: float) -> None:
-        """Have so much room on every stage again. Raises what a stage answers, blaming it."""
+    async def resume(self, max_tokens: int, keep: int, deadline_s: float) -> None:
+        """Have so much room on every stage again, of whose tokens the first `keep` stand. Raises what a stage answers,
+        blaming it."""
         outcomes = await asyncio.gather(
-            *(link.resize(Resize(self.id, max_tokens), deadline_s) for link in self._open), return_exceptions=True
+            *(link.resize(Resize(self.id, max_tokens, keep), deadline_s) for link in self._open), return_exceptions=True
         )
         for link, outcome in zip(self._open, outcomes, strict=True):
             if isinstance(outcome, BsnsError):

@@ -73,6 +73,9 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     """How many of the last rows the client wants back; 0 for all but the last chunk of a prefill."""
     hops: tuple[tuple[float, float], ...] = ()
     """For each stage passed so far: milliseconds inside the node, and milliseconds of those spent computing."""
+    turn: int = 0
+    """How often the client had drawn tokens when it sent the step: of guesses that were wrong, what a replay brings
+    once more is told from what came after by nothing else."""
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
@@ -167,6 +170,8 @@ class Resize(msgspec.Struct, frozen=True, tag="resize"):
 
     session: SessionId
     max_tokens: int
+    keep: int
+    """How many of the first tokens still stand: the rest is forgotten, in caches and journals."""
     parked: bool = False
 
 

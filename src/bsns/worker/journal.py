@@ -20,6 +20,8 @@ class Journal:
         self._rows = bytearray()
         self._last = (0, 0)
         """Where the step that was written last begins, and how many of its rows the client wants."""
+        self.turn = 0
+        """The client's turn in which it was sent."""
 
     @property
     def end(self) -> int:
@@ -30,13 +32,18 @@ class Journal:
     def nbytes(self) -> int:
         return len(self._rows)
 
-    def write(self, position: int, rows: Buffer, wanted: int) -> None:
+    def cut(self, end: int) -> None:
+        """Forget what lies beyond so many positions, and what was wanted."""
+        del self._rows[end * self.row_bytes :]
+        self._last = (self.end, 0)
+
+    def write(self, position: int, rows: Buffer, wanted: int, turn: int = 0) -> None:
         """Note a step's output. Raises PositionGap where it does not join what there is."""
         if position > self.end:
             raise PositionGap(f"a step sent on at {position} follows {self.end} rows; replay")
         del self._rows[position * self.row_bytes :]
         self._rows += rows
-        self._last = (position, wanted)
+        self._last, self.turn = (position, wanted), turn
 
     def step(self, position: int) -> tuple[bytes, int] | None:
         """The rows of the next step of a replay that has come to `position`, and how many of them are wanted: only of

@@ -160,7 +160,7 @@ class Replays:
             replay.written.clear()
             while (step := journal.step(replay.position)) is not None:
                 rows, wanted = step
-                part = Part(session.id, replay.position, len(rows) // journal.row_bytes, wanted)
+                part = Part(session.id, replay.position, len(rows) // journal.row_bytes, wanted, turn=journal.turn)
                 replay.position += part.rows
                 tensors = (coded("hidden", self._dtype, (part.rows, self._hidden_size), session.gives),)
                 await self._relay.send(replay.peer, Step((part,), tensors), [rows])

@@ -287,6 +287,9 @@ class Worker:
         except BsnsError as error:
             resized = Resized(message.session, error.code, error.message, error.peer)
         else:
+            session = self.sessions.get(message.session)
+            if session is not None and session.journal is not None:
+                session.journal.cut(message.keep)
             if message.parked:
                 self._replays.end(message.session)
         self._post(stream, resized)
@@ -454,7 +457,7 @@ class Worker:
             onward, part = work.session.next, work.part
             work.session.done = part.position + part.rows
             if work.session.journal is not None:
-                work.session.journal.write(part.position, output, part.wanted)
+                work.session.journal.write(part.position, output, part.wanted, part.turn)
                 if self._replays.written(work.session, part.position):
                     continue
             if part.position + part.rows <= work.session.passes_from:
@@ -483,7 +486,7 @@ class Worker:
             hops = (*part.hops, ((sent_s - work.arrived_s) * 1e3, compute_ms))
             known = max(0, work.session.passes_from - part.position)  # rows that whoever comes after has
             wanted = min(part.wanted, part.rows - known)
-            parts.append(Part(part.session, part.position + known, part.rows - known, wanted, hops))
+            parts.append(Part(part.session, part.position + known, part.rows - known, wanted, hops, part.turn))
             keep = part.rows - known if forward else wanted
             rows += keep
             if keep:

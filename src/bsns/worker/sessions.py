@@ -217,6 +217,8 @@ class SessionTable:
             raise UnknownSession(f"no session {message.session} is open here for this peer; reopen it and replay")
         if not 1 <= message.max_tokens <= self.context_tokens:
             raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
+        if not 0 <= message.keep <= message.max_tokens:
+            raise BadFrame(f"{message.keep} tokens cannot be kept in {message.max_tokens}")
         if message.max_tokens > session.room:
             raise CacheFull(f"{message.max_tokens} tokens asked for, of {session.room} that the session can hold")
         if message.parked:
@@ -232,7 +234,7 @@ class SessionTable:
                 raise CacheFull(f"{message.max_tokens} tokens of cache asked for, {left} of {self.cache_tokens} left")
         self._drop(session)
         session.max_tokens, session.parked, session.seen_s = message.max_tokens, message.parked, now_s
-        session.end, session.done = (min(at, message.max_tokens) for at in (session.end, session.done))
+        session.end, session.done = (min(at, message.keep) for at in (session.end, session.done))
         self._sessions[session.id] = session
         if session.parked:
             self._parked[session.id] = session

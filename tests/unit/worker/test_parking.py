@@ -33,10 +33,10 @@ class Table(SessionTable):
         self.open(Open(SessionId(session), ModelId("m"), 0, 4, "float32", tokens, 1, None), client, 0.0)
 
     def park(self, session: int, tokens: int = 10, client: PeerId = CLIENT, now_s: float = 0.0) -> None:
-        self.change(Resize(SessionId(session), tokens, parked=True), client, now_s)
+        self.change(Resize(SessionId(session), tokens, tokens, parked=True), client, now_s)
 
     def resume(self, session: int, tokens: int = 20, client: PeerId = CLIENT) -> None:
-        self.change(Resize(SessionId(session), tokens), client, 0.0)
+        self.change(Resize(SessionId(session), tokens, max(0, min(tokens, 12))), client, 0.0)
 
     def give(self, session: int, position: int, rows: int) -> None:
         self.step(Part(SessionId(session), position, rows, 0), RAW, CLIENT, 0.0)
@@ -110,7 +110,7 @@ def test_impossible_sizes(table: Table, tokens: int) -> None:
     table.begin(1)
     for parked in (False, True):
         with pytest.raises(BadFrame):
-            table.change(Resize(SessionId(1), tokens, parked), CLIENT, 0.0)
+            table.change(Resize(SessionId(1), tokens, tokens, parked), CLIENT, 0.0)
     table.check()
 
 
