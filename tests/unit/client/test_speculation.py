@@ -14,6 +14,8 @@ from bsns.client.generate import Generator, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.client.speculation import MOST, PRIORS, Cost, Lookup, follow
 from bsns.core.ids import PeerId
+from bsns.protocol.codecs import RAW
+from bsns.protocol.inference import Part
 from bsns.worker.replays import MAX_REWINDS
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -220,3 +222,20 @@ def test_dear_rows_are_not_guessed_for() -> None:
 def test_what_repeats_goes_on() -> None:
     assert follow([1, 2, 3], 1, 5) == [2, 3, 2, 3, 2]
     assert sorted(PRIORS) == [2, 3, 4]
+
+
+async def test_what_a_replay_brings_of_wrong_guesses_is_not_taken(scene: Scene) -> None:
+    """A row at the very place that is awaited, as long as what is awaited, but of an earlier turn."""
+    await scene.start()
+    expected = await scene.undisturbed(GREEDY)
+    client = scene.client()
+    stream = client.stream(PROMPT, GREEDY)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    (reader,) = client._readers.values()
+    late = Part(reader.session.id, reader.through, 1, 1, turn=reader.turns - 1)
+    wrong = memoryview(bytes(range(1, 5)) * scene.ends.hidden_size)
+    assert (reader.due, late.position + 1) == (True, reader.goal)
+    client._on_results(PeerId("a2"), RAW, [(late, wrong)])
+    assert reader.due
+    tokens += [piece.token async for piece in stream]
+    assert (tokens, client.repairs) == (expected, 0)

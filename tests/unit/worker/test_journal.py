@@ -36,3 +36,13 @@ def test_a_replay_is_what_was_sent_last_at_every_position(steps: list[tuple[int,
         assert len(piece) <= 2 * max(REPLAY_ROWS, 200)
         assert wanted == (last[1] if reached == len(rows) and position == last[0] else 0)
     assert reached == len(rows)
+
+
+def test_what_does_not_stand_is_cut_off() -> None:
+    journal = Journal(2)
+    journal.write(0, b"aabbccdd", 2, turn=7)
+    assert journal.turn == 7
+    journal.cut(3)
+    assert (journal.end, journal.step(0)) == (3, (b"aabbcc", 0))
+    journal.cut(9)
+    assert journal.end == 3
