@@ -173,16 +173,16 @@ async def test_those_that_wait_get_the_room_of_those_that_end(scene: Scene) -> N
 async def test_clients_that_keep_asking_take_turns(
     scene: Scene, record_property: Callable[[str, object], None]
 ) -> None:
-    """Some want much at once, and some one answer after the other."""
-    await scene.start(room=5)
+    """Some want much at once, and some one answer after the other: few clients and many turns, so that chance evens out."""
+    await scene.start(room=2)
     await scene.undisturbed()
     users = [
-        (client, f"{number}") for number, client in enumerate(scene.clients()) for _ in range(1 if number % 2 else 9)
+        (client, f"{number}") for number, client in enumerate(scene.clients(4)) for _ in range(1 if number % 2 else 9)
     ]
-    await asyncio.wait_for(asyncio.gather(*(scene.keep_asking(*user, 5 * CLIENTS) for user in users)), 30)
-    turns = [scene.crowd.turns[f"{number}"] for number in range(CLIENTS)]
+    await asyncio.wait_for(asyncio.gather(*(scene.keep_asking(*user, 40) for user in users)), 60)
+    turns = [scene.crowd.turns[f"{number}"] for number in range(4)]
     record_property("turns", turns)
-    assert min(turns) >= 2, turns
+    assert min(turns) >= 4, turns
     assert max(turns) <= 3 * min(turns), turns
     assert all(isinstance(error, CacheFull) for error, _ in scene.crowd.refusals)
     await scene.freed()
