@@ -245,7 +245,7 @@ bsns_status bsns_stage_run(
 ) {
     return guarded([&] {
         Stage &runner = *stage_of(stage);
-        if (first < 0 || first > end || end > runner.count())
+        if (first < 0 || first >= end || end > runner.count())
             return fail(BSNS_BAD_ARGUMENT, "blocks %d to %d of %d", first, end, runner.count());
         if (kind != BSNS_FLOAT32 && kind != BSNS_BFLOAT16) return fail(BSNS_BAD_ARGUMENT, "activations of kind %d", kind);
         if (count < 1 || input == nullptr || output == nullptr) return fail(BSNS_BAD_ARGUMENT, "nothing to run");

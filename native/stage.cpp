@@ -145,9 +145,18 @@ bool Stage::run(
         std::fill(row + shape_.hidden, row + hidden_stride_, 0.0f);
     }
     rotated_ = nullptr;
-    for (int32_t index = first; index < end; index++) run_block(index, rows);
-    for (int32_t m = 0; m < rows; m++)
-        kernels.restore(hidden + int64_t{m} * hidden_stride_, kind, static_cast<uint8_t *>(output) + m * bytes, shape_.hidden);
+    for (int32_t index = first; index < end; index++) {
+        run_block(index, rows);
+        const bool last = index + 1 == end;
+        if (kind == BSNS_FLOAT32 && !last) continue;
+        // every block passes on what it would send to another stage: a number does not depend on where a model is cut
+        for (int32_t m = 0; m < rows; m++) {
+            float *row = hidden + int64_t{m} * hidden_stride_;
+            uint8_t *to = static_cast<uint8_t *>(output) + m * bytes;
+            kernels.restore(row, kind, to, shape_.hidden);
+            if (!last) kernels.convert(to, kind, row, shape_.hidden);
+        }
+    }
     kernels.leave(mode);
     return true;
 }

@@ -20,6 +20,7 @@ from bsns.protocol.inference import (
     Mirrored,
     Open,
     Part,
+    Passed,
     Ping,
     Reroute,
     Rerouted,
@@ -50,7 +51,10 @@ VALID: list[tuple[Message, list[bytes]]] = [
     (Open(SessionId(1), ModelId("model"), 0, 4, "float32", 128, 2, None), []),
     (Probe(3, (TensorSpec.raw("probe", "int64", (2,)),)), [bytes(16)]),
     (Probed(3, 1.5), []),
-    (Step((Part(SessionId(1), 0, 2, 1, ((0.5, 0.25),)),), (TensorSpec.raw("hidden", "float32", (2, 3)),)), [bytes(24)]),
+    (
+        Step((Part(SessionId(1), 0, 2, 1, (Passed(0.5, 0.25, 2),)),), (TensorSpec.raw("hidden", "float32", (2, 3)),)),
+        [bytes(24)],
+    ),
 ]
 
 

@@ -311,7 +311,12 @@ def _hops(stats: Stats) -> list[tuple[str, str, float, float]]:
     """For each stage its median compute time and time inside the node, over the decoding steps."""
     steps = [hops for _, hops in stats.turns_ms[1:] if len(hops) == len(stats.route)]
     return [
-        (hop.peer, str(hop.blocks), _median([s[i][1] for s in steps]), _median([s[i][0] for s in steps]))
+        (
+            hop.peer,
+            str(hop.blocks),
+            _median([step[i].computing_ms for step in steps]),
+            _median([step[i].inside_ms for step in steps]),
+        )
         for i, hop in enumerate(stats.route)
     ]
 

@@ -23,6 +23,7 @@ from bsns.model.ends import Ends
 from bsns.model.tensors import to_memory, to_tensor
 from bsns.protocol.codecs import RAW
 from bsns.protocol.frames import Buffer
+from bsns.protocol.inference import Passed
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 
 
@@ -46,7 +47,7 @@ class Answer:
     finished: str | None = None
     """`stop` or `length` once the last token is chosen."""
     sent_s: float = 0.0
-    turns_ms: list[tuple[float, tuple[tuple[float, float], ...]]] = field(default_factory=list)
+    turns_ms: list[tuple[float, tuple[Passed, ...]]] = field(default_factory=list)
     """Per token: milliseconds from the step leaving this thread to its result arriving here, and its hops."""
     constraint: Constraint | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -82,7 +83,7 @@ class Answer:
         if self.guesser is None:
             return
         if len(self.turns_ms) > 1:  # the first is the prompt's
-            computing_ms = sum(computed_ms for _, computed_ms in self.turns_ms[-1][1])
+            computing_ms = sum(hop.computing_ms for hop in self.turns_ms[-1][1])
             self.guesser.took(1 + len(self.guesses), right, now_s - self.sent_s, computing_ms / 1e3)
         left = self.max_tokens - (len(self.tokens) - self.prompt_tokens)
         self.guesses = self.guesser.guess(self.tokens, left - 1)
@@ -94,7 +95,7 @@ class Arrived:
 
     answer: Answer
     hidden: Buffer
-    hops: tuple[tuple[float, float], ...] = ()
+    hops: tuple[Passed, ...] = ()
 
 
 @dataclass(slots=True)

@@ -18,9 +18,12 @@ MOVING_S = 15.0
 """For so long a stage may lack what is seen to be on its way."""
 SLOW_FACTOR = 10.0
 SLOW_S = 1.0
-"""A stage is slow that stands still, with a step to compute, for so many of the usual turns, and for so long."""
+"""A stage is slow that stands still, with a step to compute, for so many of the usual turns, and for so long; as often
+as its node computes a batch meanwhile, one time more: others come first there."""
 SLOW_AT_FIRST_S = 8.0
 """The same where nothing is usual yet: a long prompt on a slow machine takes its time."""
+BUSY_S = 12.0
+"""A stage that stands still for so long is slow, however much its node says to do for others."""
 
 
 @dataclass(slots=True)
@@ -30,6 +33,8 @@ class _Seen:
     since_s: float
     taken: int
     """Of the bytes that it was sent."""
+    batches: int
+    """What its node had computed then."""
     lacks_since_s: float = math.inf
     """When it was first seen to lack what the one before has done."""
 
@@ -70,7 +75,9 @@ class Progress:
         for peer in route:
             seen, now = self._seen.get(peer), there[peer]
             if seen is None or (seen.given, seen.done) != (now.given, now.done):
-                seen = self._seen[peer] = _Seen(now.given, now.done, now_s, seen.taken if seen is not None else -1)
+                seen = self._seen[peer] = _Seen(
+                    now.given, now.done, now_s, seen.taken if seen is not None else -1, now.batches
+                )
             still_s[peer] = now_s - seen.since_s
             # not since it stands still: it may have waited for the one before, and what that sent be on its way
             seen.lacks_since_s = min(seen.lacks_since_s, now_s) if now.given < before else math.inf
@@ -86,7 +93,8 @@ class Progress:
                 return peer, UnknownSession(f"node {peer} does not have the session any more")
             if lacks_s[peer] >= LATE_S:
                 return peer, PeerTimedOut(f"node {peer} does not get what it is sent")
-            if now.done < now.given and still_s[peer] >= slow_s:
+            times = 1 + max(0, now.batches - self._seen[peer].batches)
+            if now.done < now.given and still_s[peer] >= max(slow_s, min(times * slow_s, BUSY_S)):
                 return peer, PeerSlow(f"node {peer} has computed nothing for {still_s[peer]:.1f} s")
             before = now.done
         if before >= sent and min(still_s.values()) >= LATE_S:

@@ -46,7 +46,7 @@ from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.model.ends import Ends
 from bsns.protocol.codecs import CODECS, RAW, coded
 from bsns.protocol.frames import Buffer
-from bsns.protocol.inference import Part, Step
+from bsns.protocol.inference import Part, Passed, Step
 from bsns.routing.chain import Route
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
@@ -97,7 +97,7 @@ class Stats:
     decode_s: float = 0.0
     """From the first token to the last."""
     route: Route = ()
-    turns_ms: list[tuple[float, tuple[tuple[float, float], ...]]] = field(default_factory=list)
+    turns_ms: list[tuple[float, tuple[Passed, ...]]] = field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float:
@@ -107,7 +107,9 @@ class Stats:
     def own_ms_per_hop(self) -> list[float]:
         """For each decoding step our own time per hop: everything between two turns but the stages' computing."""
         return [
-            (total - sum(compute for _, compute in hops)) / (len(hops) + 1) for total, hops in self.turns_ms[1:] if hops
+            (total_ms - sum(hop.computing_ms for hop in hops)) / (len(hops) + 1)
+            for total_ms, hops in self.turns_ms[1:]
+            if hops
         ]
 
 
@@ -583,11 +585,11 @@ class Generator:
         if reader is None or item.finished or len(turns_ms) < 2:  # the first is the prompt's
             return
         total_ms, hops = turns_ms[-1]
-        slow = reader.pace.turned(total_ms, [computing_ms for _, computing_ms in hops])
+        slow = reader.pace.turned(total_ms, [hop.alone_ms for hop in hops])
         if slow is None or reader.mending is not None or len(hops) != len(reader.session.route):
             return
         peer = reader.session.route[slow].peer
-        error = PeerSlow(f"node {peer} has become slow: it computes {hops[slow][1]:.0f} ms for a token")
+        error = PeerSlow(f"node {peer} has become slow: it computes {hops[slow].alone_ms:.0f} ms for a token")
         self._repairs.lose(reader, peer, error.about(peer))
 
     def _on_decoder_failed(self, answers: list[Answer], error: Exception) -> None:

@@ -17,6 +17,12 @@ LEAST_CACHE_TOKENS = 2048
 ONE_NODE = "one node alone"
 """The alternative of not cutting the model."""
 
+
+def block_times(rows: int) -> float:
+    """How many times as long as one row a batch of so many takes, by and large."""
+    return 1 + (rows - 1) / ROWS_PER_BLOCK_TIME
+
+
 _NAMED = {"throughput": (1.0, 0.0), "latency": (0.0, 1.0), "mixed": (0.5, 0.5)}
 
 

@@ -18,10 +18,13 @@ makes steps idempotent: *a step at position p overwrites everything from p on*.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.core.memory import MemoryUse
+from bsns.core.plan import block_times
 from bsns.protocol.tensors import TensorSpec
 
 MAX_PARTS = 1024
@@ -63,6 +66,22 @@ class Opened(msgspec.Struct, frozen=True, tag="opened"):
     cache_tokens_left: int
 
 
+class Passed(NamedTuple):
+    """How a step passed a stage."""
+
+    inside_ms: float
+    """Inside the node."""
+    computing_ms: float
+    """Of those, spent computing the batch it was in."""
+    rows: int
+    """Of the batch."""
+
+    @property
+    def alone_ms(self) -> float:
+        """What computing one row would have taken, by and large."""
+        return self.computing_ms / block_times(max(1, self.rows))
+
+
 class Part(msgspec.Struct, frozen=True, array_like=True):
     """One session's share of a step: `rows` new tokens at positions `position` … `position + rows - 1`."""
 
@@ -71,8 +90,8 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     rows: int
     wanted: int
     """How many of the last rows the client wants back; 0 for all but the last chunk of a prefill."""
-    hops: tuple[tuple[float, float], ...] = ()
-    """For each stage passed so far: milliseconds inside the node, and milliseconds of those spent computing."""
+    hops: tuple[Passed, ...] = ()
+    """For each stage passed so far."""
     turn: int = 0
     """How often the client had drawn tokens when it sent the step: of guesses that were wrong, what a replay brings
     once more is told from what came after by nothing else."""
@@ -159,6 +178,8 @@ class There(msgspec.Struct, frozen=True, tag="there"):
     onward: tuple[int, int] = (0, 0)
     """Bytes that it has sent to the next stage, of whatever session, and those of them that its host has taken: a slow
     way, if these become more."""
+    batches: int = 0
+    """How many batches the node has computed, of whatever sessions: it is busy, if these become more."""
 
 
 class Resize(msgspec.Struct, frozen=True, tag="resize"):

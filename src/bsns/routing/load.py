@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from bsns.core.ids import PeerId
-from bsns.core.plan import ROWS_PER_BLOCK_TIME
+from bsns.core.plan import block_times
 from bsns.protocol.records import NodeRecord
 
 
 def slowdown(sessions: int) -> float:
     """How much longer a step takes where so many other sessions step with it in one batch."""
-    return 1 + sessions / ROWS_PER_BLOCK_TIME
+    return block_times(1 + sessions)
 
 
 class Loads:

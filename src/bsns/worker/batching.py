@@ -1,8 +1,8 @@
 """Continuous batching: which steps run together, and when. Pure: time comes in as an argument.
 
 Every batch takes the step that has waited longest, the waiting short steps (decoding), and then as many prompt chunks
-as fit, so that a long prompt delays nobody by more than one chunk and nobody starves. A session is in a batch at most
-once, in order.
+as fit: where sessions are decoding, no more than a single one, so that prompts delay nobody by more than that, however
+many there are, and nobody starves. A session is in a batch at most once, in order.
 
 On a route of several stages the batch is cut so that every stage has one: if all sessions stepped in one batch, one
 stage would work while the others wait. With S sessions stepping through D stages a batch takes at most ⌈S / D⌉ of them.
@@ -86,7 +86,10 @@ class Batcher:
         chosen: list[Work] = []
         rows = 0
         oldest = [] if heads[0] in short else [heads[0]]
-        for work in (*oldest, *short, *(work for work in long if work is not heads[0])):
+        later = [work for work in long if work is not heads[0]]
+        if self._stepped:
+            later = later[: 1 - len(oldest)]
+        for work in (*oldest, *short, *later):
             if chosen and rows + work.part.rows > self.max_rows:
                 continue
             chosen.append(self._take(work.part.session))

@@ -52,8 +52,8 @@ class FaultyWorker(Worker):
         return outputs
 
     def _pass_on(
-        self, forward: bool, peer: PeerId, codec: str, members: list[tuple[Work, Buffer]], compute_ms: float
+        self, forward: bool, peer: PeerId, codec: str, members: list[tuple[Work, Buffer]], computed: tuple[float, int]
     ) -> None:
         if self.garbled:
             members = [(work, output[: memoryview(output).nbytes // 2]) for work, output in members]
-        super()._pass_on(forward, peer, codec, members, compute_ms)
+        super()._pass_on(forward, peer, codec, members, computed)

@@ -15,7 +15,7 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLeaving, PeerLost, ProtocolError
 from bsns.core.ids import PeerId, SessionId
 from bsns.core.memory import MemoryUse
-from bsns.core.plan import ROWS_PER_BLOCK_TIME
+from bsns.core.plan import block_times
 from bsns.protocol.codecs import CODECS, RAW, coded
 from bsns.protocol.frames import Buffer, Message
 from bsns.protocol.greeting import Refusal
@@ -31,6 +31,7 @@ from bsns.protocol.inference import (
     Open,
     Opened,
     Part,
+    Passed,
     Ping,
     Pong,
     Reroute,
@@ -223,7 +224,8 @@ class Worker:
                 if session is None or not ours:
                     there = There(message.session, -1, -1)
                 else:
-                    there = There(message.session, session.end, session.done, self._relay.sent(session.next))
+                    onward = self._relay.sent(session.next)
+                    there = There(message.session, session.end, session.done, onward, self.steps)
                 self._post(stream, there)
             case Close():
                 if self.sessions.close(message.session, stream.peer):
@@ -399,7 +401,7 @@ class Worker:
         assert held is not None
         executor = self._executors[held]
         block_time_s = max(self._median_s, self._block_times_s[-1])  # a node that becomes slow shall not be deaf
-        expected_s = block_time_s * len(batch.blocks) * (1 + (batch.rows - 1) / ROWS_PER_BLOCK_TIME)
+        expected_s = block_time_s * len(batch.blocks) * block_times(batch.rows)
         if expected_s < self._short_s:
             self._finish(batch, self._run(executor, batch), self._now_s())
             return
@@ -443,7 +445,7 @@ class Worker:
     def _deliver(self, batch: Batch, outputs: Outputs, finished_s: float) -> None:
         """Send each work's output on: to the next stage, or back to the client that asked."""
         started_s = batch.works[0].started_s
-        compute_ms = (finished_s - started_s) * 1e3
+        computed = (finished_s - started_s) * 1e3, batch.rows
         groups: defaultdict[tuple[bool, PeerId, str], list[tuple[Work, Buffer]]] = defaultdict(list)
         for work, output in zip(batch.works, outputs, strict=True):
             if isinstance(output, BsnsError):
@@ -464,7 +466,7 @@ class Worker:
                 continue  # a replay: whoever comes after has it
             groups[(onward is not None, onward or work.session.client, work.session.gives)].append((work, output))
         for (forward, peer, codec), members in groups.items():
-            self._pass_on(forward, peer, codec, members, compute_ms)
+            self._pass_on(forward, peer, codec, members, computed)
         # now that the step is on its way
         rows = batch.rows
         self.steps += 1
@@ -473,8 +475,9 @@ class Worker:
             self._note_times([(finished_s - started_s) / len(batch.blocks)])
 
     def _pass_on(
-        self, forward: bool, peer: PeerId, codec: str, members: list[tuple[Work, Buffer]], compute_ms: float
+        self, forward: bool, peer: PeerId, codec: str, members: list[tuple[Work, Buffer]], computed: tuple[float, int]
     ) -> None:
+        """`computed`: how many milliseconds the batch took, and its rows."""
         hidden, dtype = self._hidden_size, self._dtype
         row_bytes = CODECS[codec].row_bytes(hidden, dtype)
         sent_s = self._now_s()
@@ -483,7 +486,7 @@ class Worker:
         rows = 0
         for work, output in members:
             part = work.part
-            hops = (*part.hops, ((sent_s - work.arrived_s) * 1e3, compute_ms))
+            hops = (*part.hops, Passed((sent_s - work.arrived_s) * 1e3, *computed))
             known = max(0, work.session.passes_from - part.position)  # rows that whoever comes after has
             wanted = min(part.wanted, part.rows - known)
             parts.append(Part(part.session, part.position + known, part.rows - known, wanted, hops, part.turn))

@@ -16,7 +16,7 @@ from typing import TypeVar
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.ids import SessionId
-from bsns.core.plan import ROWS_PER_BLOCK_TIME
+from bsns.core.plan import block_times
 from bsns.worker.batching import Batch
 from bsns.worker.executor import Executor
 
@@ -89,7 +89,7 @@ class ThrottledExecutor:
 
     def least_s(self, blocks: int, rows: int) -> float:
         """What a batch takes at least."""
-        return self._block_time_s * blocks * (1 + (rows - 1) / ROWS_PER_BLOCK_TIME)
+        return self._block_time_s * blocks * block_times(rows)
 
 
 def asked_block_time_s(text: str | None) -> float | None:

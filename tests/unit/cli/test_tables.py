@@ -13,7 +13,7 @@ from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.memory import MemoryUse
 from bsns.node.view import NodeStatus
-from bsns.protocol.inference import Description
+from bsns.protocol.inference import Description, Passed
 from bsns.protocol.records import NodeRecord
 from bsns.routing.chain import Hop
 
@@ -104,7 +104,10 @@ def test_an_answer_as_json() -> None:
         Hop(PeerId("a"), BlockRange(0, 4), ()),
         Hop(PeerId("b"), BlockRange(4, 8), ()),
     )
-    stats.turns_ms = [(9.0, ((1.0, 1.0), (1.0, 1.0))), (4.0, ((1.5, 1.0), (1.7, 1.2))), (4.0, ((1.5, 1.0), (1.7, 1.2)))]
+    stats.turns_ms = [
+        (9.0, (Passed(1.0, 1.0, 1), Passed(1.0, 1.0, 1))),
+        *[(4.0, (Passed(1.5, 1.0, 1), Passed(1.7, 1.2, 1)))] * 2,
+    ]
     nodes = [node("a", 0, 4), node("b", 4, 8)]
     report = up.report("text", "stop", stats, nodes)
     assert report["tokens_per_s"] == 4.0

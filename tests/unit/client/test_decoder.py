@@ -17,6 +17,7 @@ from bsns.core.errors import PeerFailed
 from bsns.core.ids import SessionId
 from bsns.model.ends import Ends
 from bsns.model.tensors import to_memory, to_tensor
+from bsns.protocol.inference import Passed
 
 HIDDEN = 32
 DEADLINE_S = 5.0
@@ -76,7 +77,7 @@ async def test_embeds_and_reads_logits(desk: Desk) -> None:
 async def test_a_turn_serves_all_that_arrived(desk: Desk) -> None:
     answers = [answer(prompt) for prompt in (2, 5, 9)]
     rows = [row(seed) for seed in range(3)]
-    hops = ((1.0, 0.5),)
+    hops = (Passed(1.0, 0.5, 3),)
     desk.decoder.submit([Arrived(a, hidden, hops) for a, hidden in zip(answers, rows, strict=True)])
     turned = await desk.turn()
     assert [item.answer for item in turned] == answers

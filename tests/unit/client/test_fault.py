@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from bsns.client.fault import MOVING_S, Progress
+from bsns.client.fault import BUSY_S, MOVING_S, Progress
 from bsns.core.errors import BsnsError, PeerSlow, PeerTimedOut, UnknownSession
 from bsns.core.ids import PeerId, SessionId
 from bsns.protocol.inference import There
@@ -50,6 +51,23 @@ def test_slow_is_ten_usual_turns_and_longer_where_nothing_is_usual() -> None:
     assert judged(*[slow] * 8, usual_s=0.3) == ("b", PeerSlow)
     assert judged(*[slow] * 16, usual_s=0.0) is None
     assert judged(*[slow] * 18, usual_s=0.0) == ("b", PeerSlow)
+
+
+def test_a_stage_whose_node_computes_for_others_is_busy_for_a_while() -> None:
+    def judged_at(per_look: float, usual_s: float) -> float | None:
+        """When the second stage is found slow, whose node computes so many batches from one look to the next."""
+        progress = Progress()
+        for look in range(60):
+            there = _there((ALL, (10, 9), (9, 9)))
+            there[ROUTE[1]] = msgspec.structs.replace(there[ROUTE[1]], batches=7 + int(per_look * look))
+            if progress.fault((THROUGH, SENT), (0, 0), ROUTE, there, usual_s, 0.5 * look) is not None:
+                return 0.5 * look
+        return None
+
+    assert judged_at(0.0, 0.02) == 1.0
+    assert judged_at(1.0, 0.02) == BUSY_S, "each in less than a slow one's time"
+    assert judged_at(0.2, 0.02) == 1.0, "one batch takes it longer than that"
+    assert judged_at(1.0, 2.0) == 20.0, "what is usual takes as long"
 
 
 def test_what_is_on_its_way_over_a_slow_one_is_not_late() -> None:

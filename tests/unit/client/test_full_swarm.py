@@ -173,7 +173,7 @@ async def test_those_that_wait_get_the_room_of_those_that_end(scene: Scene) -> N
 async def test_clients_that_keep_asking_take_turns(
     scene: Scene, record_property: Callable[[str, object], None]
 ) -> None:
-    """Some want much at once, and some one answer after the other: few clients and many turns, so that chance evens out."""
+    """Some want much at once, and some one after the other: few clients with many turns, so that chance evens out."""
     await scene.start(room=2)
     await scene.undisturbed()
     users = [

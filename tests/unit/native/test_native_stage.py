@@ -79,6 +79,20 @@ def test_a_row_is_the_same_in_every_family(family: str, tiny_model: TinyModel) -
         assert torch.equal(torch.cat(cut), whole), (dtype, weights)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "gpt_neox"])
+def test_a_row_is_the_same_wherever_the_model_is_cut(family: str, tiny_model: TinyModel) -> None:
+    """So an answer does not depend on its route, nor on who takes a lost stage's place."""
+    checkpoint = read_checkpoint(tiny_model(family))
+    for dtype, weights in KINDS:
+        run = NativeRun(stage(checkpoint, dtype=dtype, weights=weights))
+        parts = [Part("a", 0, 30)]
+        whole = run.batch(parts)
+        rows = run.batch(parts, BlockRange(0, 1))
+        for block in range(1, checkpoint.block_count):
+            rows = run.batch(parts, BlockRange(block, block + 1), rows)
+        assert torch.equal(rows[0], whole[0]), (dtype, weights)
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_row_is_the_same_beside_more_experts_than_they_are_wide(weights: str, tmp_path: Path) -> None:
     options = FAMILIES["qwen3_moe"][1] | {"num_experts": 40, "moe_intermediate_size": 24}

@@ -64,6 +64,22 @@ def test_a_large_step_does_not_starve_behind_short_ones() -> None:
     assert ids(batcher.next_batch(0.2)) == [2]
 
 
+def test_where_others_decode_a_batch_takes_one_prompt_chunk() -> None:
+    """However many prompts wait, a token waits for one chunk of them."""
+    batcher = Batcher()
+    chunks = [session(number) for number in range(4)]
+    for number, of in enumerate(chunks):
+        batcher.add(work(of, 100, at_s=number / 10))
+    decoding = session(9)
+    batcher.add(work(decoding, at_s=0.5))
+    assert ids(batcher.next_batch(0.6)) == [0, 9]
+    assert ids(batcher.next_batch(0.7)) == [1], "it steps again soon"
+    batcher.add(work(decoding, at_s=0.8))
+    batcher.add(work(chunks[0], 100, 100, at_s=0.8))
+    assert ids(batcher.next_batch(0.9)) == [2, 9]
+    assert ids(batcher.next_batch(0.8 + ACTIVE_S + 0.1)) == [3, 0], "nobody decodes any more"
+
+
 def test_a_later_chunk_that_fits_fills_the_batch() -> None:
     batcher = Batcher(max_rows=100)
     for number, rows in ((1, 80), (2, 60), (3, 20)):

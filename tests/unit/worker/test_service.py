@@ -243,7 +243,7 @@ async def test_stages_pass_on_and_the_last_returns(bench: Bench, stages: int) ->
         result, values = await callers[-1].result()
         assert np.array_equal(values, hidden(position + rows - 1, 1) + stages)
         assert len(result.parts[0].hops) == stages
-        assert all(inside_ms >= compute_ms >= 0 for inside_ms, compute_ms in result.parts[0].hops)
+        assert all(inside_ms >= compute_ms >= 0 for inside_ms, compute_ms, _ in result.parts[0].hops)
     assert [node.worker.rows for node in nodes] == [7] * stages
 
 
