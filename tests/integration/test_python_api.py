@@ -59,6 +59,17 @@ async def test_the_same_seed_gives_the_same_answer(tiny: str, swarm: tuple[Runni
         assert drawn[0] == drawn[1] != drawn[2]
 
 
+async def test_a_draft_model_changes_no_answer(tiny: str, swarm: tuple[Running, str]) -> None:
+    async with bsns.Client(swarm[1], tiny, speculate=False) as client:
+        options = {"temperature": 1.0, "seed": 3, "max_tokens": 40}
+        expected = [await answer(client, "Hi", max_tokens=40), await answer(client, "Hi", **options)]
+    async with bsns.Client(swarm[1], tiny, draft=tiny) as client:
+        assert [await answer(client, "Hi", max_tokens=40), await answer(client, "Hi", **options)] == expected
+        await freed(client)
+    with pytest.raises(BadOption, match="--no-speculate"):
+        bsns.Client(swarm[1], tiny, draft=tiny, speculate=False)
+
+
 async def test_closing_half_way_frees_the_cache(tiny: str, swarm: tuple[Running, str]) -> None:
     async with bsns.Client(swarm[1], tiny) as client:
         async with contextlib.aclosing(client.generate("Hi", max_tokens=30000)) as texts:

@@ -4,7 +4,6 @@ emulation        a network of places on this machine, each a namespace
 forwarder        the process that delays and paces its packets
 layouts          chains of nodes under measurement: what is predicted of them, and what they did
 settings         random swarms of unequal nodes and ways
-alone            a range of blocks in this process, computed as a node would
 pipes            the ceiling of a pipeline of processes
 machine          the machine that is measured
 llama_cpp        a build of llama.cpp, and how fast it is

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from bsns.bench.alone import Alone
 from bsns.bench.machine import cpu_name
 from bsns.bench.pipes import PipeLine
 from bsns.client.generate import Stats
@@ -31,6 +30,7 @@ from bsns.core.errors import BadOption
 from bsns.model.source import ModelSource, resolve
 from bsns.model.stage import quiet_library
 from bsns.model.tensors import to_memory, to_tensor
+from bsns.node.alone import Alone
 from bsns.node.client import Client
 from bsns.node.ends import load_ends
 from bsns.node.local import LocalSwarm

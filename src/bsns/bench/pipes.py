@@ -13,11 +13,11 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from bsns.bench.alone import Alone
 from bsns.core.blocks import BlockRange
 from bsns.model.ends import Ends
 from bsns.model.source import ModelSource
 from bsns.model.tensors import to_memory, to_tensor
+from bsns.node.alone import Alone
 
 START_S = 120.0
 TOKENS = 128

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from bsns.bench.alone import Alone
 from bsns.client.sampling import SamplingOptions, sample
 from bsns.core.blocks import BlockRange
 from bsns.model.ends import Ends
 from bsns.model.source import ModelSource, resolve
 from bsns.model.tensors import TORCH_DTYPES, to_memory
+from bsns.node.alone import Alone
 from bsns.node.client import Client
 from bsns.node.ends import load_ends
 from bsns.node.local import LocalSwarm

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from bsns.bench.alone import Alone
 from bsns.bench.emulation import Network, Way
 from bsns.bench.faults import CLIENT, homes
 from bsns.client.generate import Stats
@@ -29,6 +28,7 @@ from bsns.core.blocks import BlockRange
 from bsns.model.ends import Ends
 from bsns.model.source import ModelSource
 from bsns.model.tensors import to_memory, to_tensor
+from bsns.node.alone import Alone
 from bsns.node.client import Client
 from bsns.node.ends import load_ends
 from bsns.node.local import Home, LocalSwarm

@@ -38,6 +38,7 @@ def chat(
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
     speculate: routing.Speculate = True,
+    draft: routing.Draft = None,
     temperature: sampling.Temperature = 0.7,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 0.95,
@@ -74,6 +75,7 @@ def chat(
                 warm_spares=warm_spares,
                 wire=wire,
                 speculate=speculate,
+                draft=draft,
             )
             say("joining the swarm")
             await client.__aenter__()

@@ -92,6 +92,7 @@ def gateway(
     weights: routing.Weights = None,
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
+    draft: routing.Draft = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a swarm's model with OpenAI's HTTP API.
@@ -120,6 +121,7 @@ def gateway(
                 weights=weights,
                 warm_spares=warm_spares,
                 wire=wire,
+                draft=draft,
             )
             say("joining the swarm")
             await client.__aenter__()

@@ -38,6 +38,7 @@ def generate(
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
     speculate: routing.Speculate = True,
+    draft: routing.Draft = None,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -80,6 +81,7 @@ def generate(
                 warm_spares=warm_spares,
                 wire=wire,
                 speculate=speculate,
+                draft=draft,
             )
             say("joining the swarm")
             await client.__aenter__()

@@ -29,6 +29,14 @@ Speculate = Annotated[
         "are the same.",
     ),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="MODEL",
+        help="Have a small model with the same tokens guess in this process what did not stand before.",
+    ),
+]
 Wire = Annotated[
     Literal["auto", "none", "bf16", "int8", "int8-dyn", "int8-rot", "int4"],
     typer.Option(

@@ -77,6 +77,7 @@ def up(
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
     speculate: routing.Speculate = True,
+    draft: routing.Draft = None,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -136,7 +137,13 @@ def up(
                 stack.push_async_callback(local_swarm.take_down, swarm, quiet=as_json)
                 say("opening the model's ends")
                 client = Client.on(
-                    swarm.peer, source, dtype=dtype, warm_spares=warm_spares, wire=wire, speculate=speculate
+                    swarm.peer,
+                    source,
+                    dtype=dtype,
+                    warm_spares=warm_spares,
+                    wire=wire,
+                    speculate=speculate,
+                    draft=draft,
                 )
                 await stack.enter_async_context(client)
                 say("measuring")

@@ -53,6 +53,10 @@ class Answer:
     logprobs: list[Logprobs] = field(default_factory=list)
     """Per token of the answer, if its options ask for them."""
 
+    @property
+    def guesses_quickly(self) -> bool:
+        return self.guesser is None or self.guesser.quick
+
     def choose(self, logits_V: torch.Tensor) -> int:
         """Take the next token and decide whether it is the last."""
         allowed_V = logits_V if self.constraint is None else self.constraint.mask(logits_V)
@@ -172,7 +176,7 @@ class Decoder:
             return
         arrived, self._arrived = self._arrived, []
         self._turning = True
-        if self._turn_s < self._short_s:
+        if self._turn_s < self._short_s and all(item.answer.guesses_quickly for item in arrived):
             self._finish(arrived, *self._try(arrived))
             return
 

@@ -6,14 +6,15 @@ from its own row's logits, with the randomness of its own position, and the firs
 The answer is therefore the same, token for token, as without guesses, greedy or sampled; of rejection sampling
 (Leviathan et al. 2023, Chen et al. 2023) that is the case of a guesser that is certain, and no less is accepted.
 
-Guesses are what followed the last few tokens where they stood before (prompt lookup, Saxena 2023). How many are sent
-depends on how many were right lately, and on what a row more takes: where that is too much, none.
+Guesses are what followed the last few tokens where they stood before (prompt lookup, Saxena 2023), or what a draft
+model says (node.draft). How many are sent depends on how many were right lately, and on what a row more takes: where
+that is too much, none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 LONGEST, SHORTEST = 4, 2
 """Tokens that have to have stood before, in this order, for what followed them to be guessed."""
@@ -39,6 +40,9 @@ GAIN = 1.03
 class Guesser(Protocol):
     """One answer's guesses."""
 
+    quick: ClassVar[bool]
+    """Whether guessing takes next to nothing, so that it may be done on the event loop."""
+
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
         """What might follow these tokens, the prompt's and the answer's: `most` at the most."""
         ...
@@ -51,6 +55,8 @@ class Guesser(Protocol):
 
 class Lookup:
     """Guesses what followed before."""
+
+    quick = True
 
     def __init__(self) -> None:
         self._seen: dict[tuple[int, ...], int] = {}
@@ -120,9 +126,9 @@ class Cost:
             self._row_s += (row_s - self._row_s) * (LEARNS if self._known else 1.0)
             self._known = True
 
-    def best_guesses(self, chance: float, most: int) -> int:
-        """How many guesses give most tokens for their time, where each is right with `chance` if those before it are;
-        0 where none are worth it, or nothing is known yet."""
+    def best_guesses(self, chance: float, most: int, each_s: float = 0.0) -> int:
+        """How many guesses give most tokens for their time, where each is right with `chance` if those before it are,
+        and is made in `each_s`; 0 where none are worth it, or nothing is known yet."""
         if not self._first_s:
             return 0
         best, best_rate = 0, GAIN / self._first_s
@@ -130,7 +136,7 @@ class Cost:
         for count in range(1, most + 1):
             all_right *= chance
             tokens += all_right
-            rate = tokens / (self._first_s + count * self._row_s)
+            rate = tokens / (self._first_s + count * (self._row_s + each_s))
             if rate > best_rate:
                 best, best_rate = count, rate
         return best

@@ -13,6 +13,8 @@ snapshots     the swarm as one frozen view, with the ways of whoever looks
 view          who is here now, and how far away
 wires         which codec activations take on each way of a client's routes
 client        the public face for those who use a swarm
+alone         a range of blocks in this process, computed as a node would
+draft         a small model that guesses what a large one will say
 trial         a short answer over the swarm as it is, beside what planning predicts
 local         a whole swarm of processes on this machine
 processes     processes of the `bsns` command, beside this one

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,11 +20,12 @@ import torch
 from bsns.client.generate import Generator, Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
-from bsns.client.speculation import Lookup
+from bsns.client.speculation import Guesser, Lookup
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.ids import PeerId
 from bsns.model.source import SMOLLM2, ModelSource, resolve
+from bsns.node.draft import Draft
 from bsns.node.ends import load_ends
 from bsns.node.peer import Peer
 from bsns.node.view import NodeStatus, View
@@ -55,6 +56,7 @@ class Client:
         warm_spares: bool = False,
         wire: str = AUTO,
         speculate: bool = True,
+        draft: str | None = None,
         keep_sessions: int = 16,
     ) -> None:
         """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
@@ -69,7 +71,8 @@ class Client:
         the numbers as they are on others. Raises BadOption.
 
         `speculate`: guesses at the next tokens are checked along with each, where that saves time (client.speculation);
-        answers are the same. `keep_sessions`: what nodes hold of so many answers stays there, as long as there is room,
+                answers are the same. `draft` names a small model with the same tokens, which guesses in this process
+        (node.draft). `keep_sessions`: what nodes hold of so many answers stays there, as long as there is room,
         for prompts that go on where they ended.
         """
         self._invite = invite
@@ -82,7 +85,10 @@ class Client:
         self._warm_spares = warm_spares
         check_wire(wire)
         self._wire = wire
+        if draft is not None and not speculate:
+            raise BadOption("a draft model guesses: leave out either --draft or --no-speculate")
         self._speculate = speculate
+        self._draft = draft
         self._keep_sessions = keep_sessions
         self._measuring: asyncio.Task[None] | None = None
         self._peer: Peer | None = None
@@ -206,6 +212,9 @@ class Client:
             asyncio.to_thread(load_ends, source, dtype=dtype, device=self._device, threads=self._threads),
             asyncio.to_thread(Prompts, source.path),
         )
+        guesser: Callable[[], Guesser] | None = Lookup if self._speculate else None
+        if self._draft is not None:
+            guesser = (await asyncio.to_thread(self._load_draft, self._draft, prompts, dtype)).guesser
         wish = replace(self._wish, hop_bytes=source.hidden_size * DTYPE_BYTES[dtype])
         self._view = view = View(self._peer.directory, source.model_id, dtype, source.block_count, wish=wish)
 
@@ -238,11 +247,14 @@ class Client:
             release=view.release,
             blame=view.blame,
             warm_spares=self._warm_spares,
-            guesser=Lookup if self._speculate else None,
+            guesser=guesser,
             keep_sessions=self._keep_sessions,
             claim=view.claim,
         )
         self._measuring = asyncio.create_task(wires.run())
+
+    def _load_draft(self, name: str, prompts: Prompts, dtype: str) -> Draft:
+        return Draft(resolve(name), prompts, dtype=dtype, threads=self._threads)
 
     async def _choose_dtype(self, view: View) -> str:
         """The dtype whose nodes cover the model. Raises MissingBlocks, naming what is missing."""

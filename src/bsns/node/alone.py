@@ -15,7 +15,7 @@ from bsns.worker.sessions import Session
 
 
 class Alone:
-    """Not thread-safe."""
+    """Not thread-safe, but for `end`."""
 
     def __init__(self, source: ModelSource, blocks: BlockRange, *, dtype: str, threads: int = 1) -> None:
         choice = choose_executor(source, blocks, device="cpu")
@@ -27,13 +27,16 @@ class Alone:
         """Make room for a sequence, anew if there was one of that number."""
         id_ = SessionId(number)
         self._executor.open(id_, max_tokens)
-        self._sessions[number] = Session(id_, PeerId("bench"), self.blocks, max_tokens, 1, None, None, ())
+        self._sessions[number] = Session(id_, PeerId("alone"), self.blocks, max_tokens, 1, None, None, ())
+
+    def end(self, number: int) -> None:
+        """Free a sequence; from any thread."""
+        self._executor.close(self._sessions.pop(number).id)
 
     def close(self) -> None:
         """Free all sequences."""
-        for session in self._sessions.values():
-            self._executor.close(session.id)
-        self._sessions.clear()
+        for number in list(self._sessions):
+            self.end(number)
 
     def run(self, steps: Sequence[tuple[int, int, int, Buffer]]) -> list[memoryview]:
         """One batch: of each step the sequence's number, the position, the rows and their bytes."""

@@ -1,0 +1,129 @@
+"""A draft model: a small one of the same family, whole in the client's process, that guesses what its large one says.
+
+Its guesses are checked like any others (client.speculation), so that answers stay the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bsns.client.prompts import Prompts
+from bsns.client.speculation import FORGETS, LEARNS, PRIOR_WEIGHT, Lookup
+from bsns.core.blocks import BlockRange
+from bsns.core.errors import BadOption
+from bsns.model.source import ModelSource
+from bsns.model.tensors import to_memory, to_tensor
+from bsns.node.alone import Alone
+from bsns.node.ends import load_ends
+
+MOST_DRAFTED = 16
+"""Guesses in one step: each takes the draft model a step of its own."""
+CHUNK_ROWS = 128
+PRIOR = 0.6
+"""How often a guess is taken to be right before anything is known."""
+
+
+class Draft:
+    """A loaded draft model. Not thread-safe: its guessers guess on the decoder's thread."""
+
+    def __init__(self, source: ModelSource, prompts: Prompts, *, dtype: str, threads: int = 1) -> None:
+        """`prompts`: those of the model whose answers are guessed.
+
+        Raises BadOption where the two do not have the same tokens, and what loading raises.
+        """
+        if Prompts(source.path).tokenizer.get_vocab() != prompts.tokenizer.get_vocab():
+            raise BadOption(f"{source.name} cannot draft, its tokens are not the model's; take a small one of its kind")
+        self.context_tokens = source.context_tokens
+        self._ends = load_ends(source, dtype=dtype, threads=threads)
+        self._blocks = Alone(source, BlockRange(0, source.block_count), dtype=dtype, threads=threads)
+        self._dtype = dtype
+        self._numbers = itertools.count(1)
+
+    def guesser(self) -> Drafter:
+        """For one answer."""
+        return Drafter(self)
+
+    def open(self, max_tokens: int) -> tuple[int, Callable[[], None]]:
+        """Make room for a text; its number, and what frees it."""
+        number = next(self._numbers)
+        self._blocks.open(number, max_tokens)
+        return number, lambda: self._blocks.end(number)
+
+    def next_token(self, number: int, position: int, tokens: Sequence[int]) -> int:
+        """The likeliest after these, which stand at `position` and after in a text; what stood there is forgotten."""
+        for start in range(0, len(tokens), CHUNK_ROWS):
+            chunk = tokens[start : start + CHUNK_ROWS]
+            places = torch.arange(position + start, position + start + len(chunk))
+            hidden = to_memory(self._ends.embed(torch.tensor(chunk), places))
+            (output,) = self._blocks.run([(number, position + start, len(chunk), hidden)])
+        rows = to_tensor(output, self._dtype, (len(chunk), self._blocks.hidden_size))
+        return int(self._ends.logits(rows[-1:]).argmax())
+
+
+class Drafter:
+    """Guesses what followed before, like Lookup; where nothing did, what the draft model says."""
+
+    quick = False
+
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._lookup = Lookup()
+        self._number: int | None = None
+        self._fed: list[int] = []
+        self._drafted = False
+        """Whether the guesses that are under way are the draft model's."""
+        self._tried = self._right = 0.0
+        self._each_s = 0.0
+        """What one guess takes."""
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        guesses = self._lookup.guess(tokens, most)
+        self._drafted = not guesses
+        if guesses:
+            return guesses
+        room = min(len(tokens) + most + 1, self._draft.context_tokens)
+        most = min(most, MOST_DRAFTED, room - len(tokens))
+        count = self._lookup.cost.best_guesses(self.chance, most, self._each_s)
+        return self._say(tokens, count, room) if count else []
+
+    @property
+    def chance(self) -> float:
+        """How likely the draft model's next guess is right, where the ones before it are."""
+        return (self._right + PRIOR * PRIOR_WEIGHT) / (self._tried + PRIOR_WEIGHT)
+
+    def took(self, rows: int, right: int, step_s: float, computing_s: float) -> None:
+        self._lookup.took(rows, right, step_s, computing_s)
+        if self._drafted and rows > 1:
+            self._right = self._right * FORGETS + right
+            self._tried = self._tried * FORGETS + min(rows - 1, right + 1)
+
+    def _say(self, tokens: Sequence[int], count: int, room: int) -> list[int]:
+        if self._number is None:
+            self._number, free = self._draft.open(room)
+            weakref.finalize(self, free).atexit = False
+        known = _common(self._fed, tokens)
+        said: list[int] = []
+        news = list(tokens[known:])
+        for number in range(count):
+            started_s = time.perf_counter()
+            said.append(self._draft.next_token(self._number, known, news))
+            known, news = known + len(news), said[-1:]
+            if number:  # the first reads the answer's tokens as well
+                self._each_s += (time.perf_counter() - started_s - self._each_s) * (LEARNS if self._each_s else 1.0)
+        self._fed = [*tokens, *said[:-1]]
+        return said
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with together; of the other one at least the last is new."""
+    count = 0
+    for a, b in zip(one, other[:-1], strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

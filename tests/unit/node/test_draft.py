@@ -1,0 +1,99 @@
+"""A draft model guesses what it would say itself, from whatever has been said."""
+
+from __future__ import annotations
+
+import gc
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bsns.client.prompts import Prompts
+from bsns.core.errors import BadOption
+from bsns.model.source import ModelSource, resolve
+from bsns.node.draft import MOST_DRAFTED, Draft, Drafter
+
+
+@pytest.fixture(scope="module")
+def source() -> ModelSource:
+    return resolve("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def prompts(source: ModelSource) -> Prompts:
+    return Prompts(source.path)
+
+
+@pytest.fixture(scope="module")
+def draft(source: ModelSource, prompts: Prompts) -> Draft:
+    return Draft(source, prompts, dtype="bfloat16")
+
+
+def ready(draft: Draft, step_s: float = 1.0) -> Drafter:
+    """A guesser that knows what a step takes: so long that guesses are worth it."""
+    drafter = draft.guesser()
+    drafter.took(1, 0, step_s, 1e-3)
+    return drafter
+
+
+def says(draft: Draft, text: list[int], count: int) -> list[int]:
+    number, free = draft.open(len(text) + count)
+    said: list[int] = []
+    for _ in range(count):
+        said.append(draft.next_token(number, 0, [*text, *said]))
+    free()
+    return said
+
+
+def test_guesses_are_what_the_model_says(draft: Draft, prompts: Prompts) -> None:
+    text = prompts.encode("The three longest rivers of the world are")
+    drafter = ready(draft)
+    first = drafter.guess(text, 50)
+    assert 3 <= len(first) <= MOST_DRAFTED
+    assert first == says(draft, text, len(first))
+    drafter.took(1 + len(first), 2, 1.1, 2e-3)
+    other = [*text, *first[:2], first[2] + 1]
+    then = drafter.guess(other, 50)
+    assert then
+    assert then == says(draft, other, len(then)), "what was wrong is forgotten"
+    assert len(drafter.guess([*other, *then], 2)) <= 2
+
+
+def test_it_guesses_less_where_it_is_wrong_or_steps_are_short(draft: Draft, prompts: Prompts) -> None:
+    text = prompts.encode("The three longest rivers of the world are")
+    drafter = ready(draft)
+    many = len(drafter.guess(text, 50))
+    for _ in range(6):
+        drafter.took(1 + many, 0, 1.0, 1e-3)
+    assert drafter.chance < 0.2
+    assert len(drafter.guess(text, 50)) < many
+    quick = ready(draft, 1e-6)
+    quick.guess(text, 50)  # how long a guess takes is not known before
+    assert quick.guess(text, 50) == []
+
+
+def test_what_stood_before_needs_no_model(draft: Draft) -> None:
+    drafter = ready(draft)
+    assert drafter.guess([5, 6, 7, 8, 9, 5, 6, 7, 8], 3)[0] == 9
+    assert drafter._number is None
+
+
+def test_a_text_as_long_as_the_draft_model_can_read(draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft, "context_tokens", 12)
+    assert len(ready(draft).guess(list(range(100, 110)), 50)) <= 2
+    assert ready(draft).guess(list(range(100, 113)), 50) == []
+
+
+def test_its_cache_goes_with_the_answer(draft: Draft) -> None:
+    drafter = ready(draft)
+    assert drafter.guess(list(range(100, 110)), 50)
+    assert len(draft._blocks._sessions) == 1
+    del drafter
+    gc.collect()
+    assert not draft._blocks._sessions
+
+
+def test_other_tokens(source: ModelSource) -> None:
+    other: Any = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=lambda: {"a": 0}))
+    with pytest.raises(BadOption, match="take a small one of its kind"):
+        Draft(source, other, dtype="bfloat16")
