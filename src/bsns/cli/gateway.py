@@ -29,6 +29,7 @@ from bsns.cli.console import (
     tell,
 )
 from bsns.core.errors import BadOption
+from bsns.core.hosts import is_loopback
 
 if TYPE_CHECKING:
     from bsns.gateway.server import Listener
@@ -141,11 +142,11 @@ def open_listener(
     stalled_s: float = 30.0,
 ) -> Listener:
     """What can be wrong with a gateway's options is told before a swarm is troubled. Raises BadOption, PortInUse."""
-    for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance"):
+    for name in ("fastapi", "uvicorn", "sse_starlette", "llguidance"):
         if importlib.util.find_spec(name) is None:
             raise BadOption(f"the gateway needs {name}, which is not installed: pip install 'bsns[gateway]'")
     from bsns.gateway.keys import KeyRing
-    from bsns.gateway.server import Listener, is_loopback
+    from bsns.gateway.server import Listener
     from bsns.gateway.settings import Settings
 
     if keys is None and not public and not is_loopback(host):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -88,6 +89,12 @@ def serve(
     first_blocks: Annotated[str | None, typer.Option("--first-blocks", metavar="START:END", hidden=True)] = None,
     most_blocks: Annotated[int | None, typer.Option("--most-blocks", metavar="N", min=1, hidden=True)] = None,
     lease_s: Annotated[float, typer.Option("--lease-s", min=0.1, metavar="SECONDS", hidden=True)] = LEASE_S,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics", metavar="HOST:PORT", help="Let Prometheus read metrics here; port 0 takes a free one."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
     leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
 ) -> None:
@@ -114,6 +121,12 @@ def serve(
             raise BadOption("--public founds a new swarm, --join enters one; give only one of them")
         Objective.named(objective)
         async with contextlib.AsyncExitStack() as stack:
+            scraping = None
+            if metrics is not None:
+                from bsns.node.scraping import Scraping, parse_place
+
+                scraping = Scraping(*parse_place(metrics))
+                stack.push_async_callback(scraping.close)
             with doing("loading libraries", quiet=as_json) as say:
                 from bsns.model.source import resolve
                 from bsns.node.leash import watch_parent
@@ -161,6 +174,10 @@ def serve(
                     await see_through(peer.close())
                     raise
                 stack.push_async_callback(_leave, server, quiet=as_json)
+            if scraping is not None:
+                from bsns.node.metrics import server_metrics
+
+                scraping.begin(partial(server_metrics, server))
             record = server.record
             if as_json:
                 emit(
@@ -173,6 +190,7 @@ def serve(
                         "executor": record.executor,
                         "cache_tokens": record.cache_tokens,
                         "invite": peer.invite,
+                        "metrics": scraping.url if scraping is not None else None,
                     }
                 )
             else:
@@ -182,6 +200,8 @@ def serve(
                     f"cache for {record.cache_tokens} tokens; Ctrl-C ends it",
                     highlight=False,
                 )
+                if scraping is not None:
+                    err.print(f"metrics at {scraping.url}", highlight=False, markup=False)
                 if not join:
                     where = "" if host not in ("127.0.0.1", "localhost", "::1") else " on this machine (see --host)"
                     out.print(f"Others{where} join with:", highlight=False)

@@ -77,6 +77,9 @@ def up(
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
     speculate: routing.Speculate = True,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Let Prometheus read each node's metrics, on free ports of this machine.")
+    ] = False,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -132,6 +135,7 @@ def up(
                     quant=quant,
                     kv=kv,
                     movable=True,
+                    metrics=metrics,
                 )
                 stack.push_async_callback(local_swarm.take_down, swarm, quiet=as_json)
                 say("opening the model's ends")
@@ -160,8 +164,11 @@ def up(
                 await local_swarm.unless_lost(answering, swarm)
             else:
                 if as_json:
-                    emit({"event": "serving", "invite": swarm.peer.invite} | forecast.as_dict())
+                    told = {"event": "serving", "invite": swarm.peer.invite, "metrics": swarm.metrics()}
+                    emit(told | forecast.as_dict())
                 else:
+                    for url in swarm.metrics():
+                        out.print(f"Metrics: {url}", highlight=False, markup=False)
                     out.print("Use it from another terminal (Ctrl-C ends the swarm):")
                     out.print(
                         f"  bsns chat {shlex.quote(model)} --join {swarm.peer.invite}", highlight=False, markup=False

@@ -11,13 +11,13 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bsns.core.errors import BsnsError
+from bsns.core.hosts import names_this_machine
 from bsns.gateway.errors import ApiError, internal
 from bsns.gateway.keys import KeyRing
 from bsns.gateway.limits import Allowance, Limits
@@ -104,7 +104,7 @@ class Gate:
 
     def _admit(self, headers: Headers, path: str) -> Caller:
         """Raises ApiError."""
-        if self._local_only and not _is_local(headers.get("host", "")):
+        if self._local_only and not names_this_machine(headers.get("host", "")):
             raise ApiError(403, "this gateway answers this machine only, by the name localhost or 127.0.0.1")
         if path in OPEN_PATHS:
             return Caller("", Allowance())
@@ -170,14 +170,3 @@ async def _drain(receive: Receive) -> None:
             while more and read < MOST_DRAINED_BYTES:
                 message = await receive()
                 read, more = read + len(message.get("body", b"")), message.get("more_body", False)
-
-
-def _is_local(host: str) -> bool:
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    name = name.strip("[]")
-    if name == "localhost":
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False

@@ -54,6 +54,7 @@ from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
 from bsns.worker.replays import Answer, Replays
 from bsns.worker.sessions import Session, SessionTable
+from bsns.worker.tally import Tally
 
 log = structlog.get_logger(__name__)
 
@@ -105,8 +106,14 @@ class Worker:
         self._clients: dict[PeerId, Stream] = {}
         self._opened_on: dict[SessionId, Stream] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
+        self.tally = Tally()
         self._replays = Replays(
-            self._relay, self._spawn, self._report_about, dtype=self._dtype, hidden_size=self._hidden_size
+            self._relay,
+            self._spawn,
+            self._report_about,
+            dtype=self._dtype,
+            hidden_size=self._hidden_size,
+            tally=self.tally,
         )
         self._rss_bytes, self._memory = rss_bytes, memory
         self._now_s = clock.now_s
@@ -115,8 +122,6 @@ class Worker:
         self._worked_s = -math.inf
         self._measured_s = self._now_s()
         self.block_time_s = block_time_s
-        self.steps = 0
-        self.rows = 0
         self._loop = asyncio.get_running_loop()
         self._spawn(self._sweep())
 
@@ -152,6 +157,27 @@ class Worker:
         self._block_times_s = deque([seconds] * (MEASURED // 2 + 1), maxlen=MEASURED)
         self._median_s = seconds
 
+    @property
+    def steps(self) -> int:
+        return self.tally.steps
+
+    @property
+    def rows(self) -> int:
+        return self.tally.rows
+
+    @property
+    def waiting_steps(self) -> int:
+        return len(self._batcher)
+
+    @property
+    def replays(self) -> int:
+        """Replays and mirrors that are under way."""
+        return len(self._replays)
+
+    @property
+    def memory(self) -> MemoryUse:
+        return self._memory(self.sessions)
+
     def description(self) -> Description:
         return Description(
             start=self._blocks.start,
@@ -163,7 +189,7 @@ class Worker:
             rss_bytes=self._rss_bytes(),
             steps=self.steps,
             rows=self.rows,
-            memory=self._memory(self.sessions),
+            memory=self.memory,
         )
 
     def take_on(self, executor: Executor) -> None:
@@ -255,6 +281,7 @@ class Worker:
         try:
             session = self.sessions.open(message, stream.peer, self._now_s())
         except BsnsError as error:
+            self.tally.refused[error.code] += 1
             self._report(stream, message.session, error)
             return
         self._clients[stream.peer] = stream
@@ -377,6 +404,7 @@ class Worker:
             if len(accepted) < len(message.parts):  # what was refused shall not stay in memory with what was not
                 work.hidden = bytes(work.hidden)
             self._batcher.add(work)
+        self.tally.received_bytes[codec] += message.tensors[0].nbytes
         self._loop.call_soon(self._compute)  # not now: frames that lie ready beside this one join its batch
 
     def _take_measured(self, times_s: Sequence[float]) -> None:
@@ -466,10 +494,8 @@ class Worker:
         for (forward, peer, codec), members in groups.items():
             self._pass_on(forward, peer, codec, members, compute_ms)
         # now that the step is on its way
-        rows = batch.rows
-        self.steps += 1
-        self.rows += rows
-        if rows == len(batch.works) == 1:
+        self.tally.computed(batch, finished_s - started_s)
+        if batch.rows == len(batch.works) == 1:
             self._note_times([(finished_s - started_s) / len(batch.blocks)])
 
     def _pass_on(
@@ -502,6 +528,9 @@ class Worker:
         except BsnsError as error:
             for session in sessions:
                 self._report(self._clients.get(session.client), session.id, error)
+        self.tally.sent_bytes[codec] += tensors[0].nbytes
+        for work, _ in members:
+            self.tally.hop_s.add(sent_s - work.arrived_s)
 
     def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
         """Tell a client that its session failed."""
