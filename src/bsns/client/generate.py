@@ -23,6 +23,7 @@ from bsns.client.sampling import Constraint, Logprobs, SamplingOptions
 from bsns.client.session import Session
 from bsns.client.spares import Spares
 from bsns.client.speculation import Guesser
+from bsns.client.tally import Tally
 from bsns.client.watch import patience_s
 from bsns.compression.rows import NotFinite, decode
 from bsns.core.errors import (
@@ -168,6 +169,7 @@ class Generator:
         self._claim = claim
         self._spares = Spares(find_route, release, blame, self._send_rows)
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
+        self.tally = Tally()
         self._readers: dict[SessionId, Reader] = {}
         self._waiting = asyncio.Lock()
         """Held by the answer that asks for room again: the others come after it in their order."""
@@ -221,8 +223,12 @@ class Generator:
             )
         max_tokens = min(options.max_tokens, room)
         started_s = first_s = self._clock.now_s()
-        kept = await self._resume(tokens, len(tokens) + max_tokens, tenant)
-        session, common = kept or (await self._open(len(tokens) + max_tokens), 0)
+        self.tally.waiting += 1
+        try:
+            kept = await self._resume(tokens, len(tokens) + max_tokens, tenant)
+            session, common = kept or (await self._open(len(tokens) + max_tokens), 0)
+        finally:
+            self.tally.waiting -= 1
         end_tokens, codec = self.prompts.end_tokens, session.takes
         guesser = self._guesser() if guess and self._guesser is not None else None
         answer = Answer(
@@ -503,10 +509,12 @@ class Generator:
         parts = tuple(Part(s, at, rows, wanted, turn=turns.get(s, 0)) for s, at, rows, wanted, _ in steps)
         rows = sum(part.rows for part in parts)
         tensors = (coded("hidden", self._dtype, (rows, self._hidden_size), codec),)
+        self.tally.sent_bytes[codec] += tensors[0].nbytes
         return Step(parts, tensors), [hidden for *_, hidden in steps]
 
     def _on_results(self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]]) -> None:
         arrived: list[Arrived] = []
+        self.tally.received_bytes[codec] += sum(rows.nbytes for _, rows in results)
         try:
             self._take_results(peer, codec, results, arrived)
         finally:  # what came before something that is wrong has come
@@ -560,6 +568,8 @@ class Generator:
             reader = self._readers.get(item.answer.session)
             if reader is None:
                 continue  # it has gone
+            self.tally.guesses += len(reader.guesses)
+            self.tally.right += len(item.tokens) - 1
             reader.turn(item.tokens, item.guesses, ended=item.finished is not None)
             # where the first stage is being replaced, whoever feeds the new one sends this as well
             if item.hidden is not None and reader.sent == reader.through and not reader.feeding.locked():

@@ -83,6 +83,7 @@ class Answers:
                     waited.observe(now_s - last_s)
                     if waited is metrics.first_token_s:
                         usage.cached_tokens = max(usage.cached_tokens, stats.cached_tokens)
+                        metrics.cached_tokens.inc(stats.cached_tokens)
                     waited, last_s = metrics.next_token_s, now_s
                     usage.answer_tokens += 1
                     metrics.tokens.labels("out").inc()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,10 +47,10 @@ class Tally:
         """Computing, of a batch."""
         self.hop_s = Distribution(SECONDS)
         """Of a session's step: from its arrival to its going on."""
-        self.received_bytes: Counter[str] = Counter()
-        self.sent_bytes: Counter[str] = Counter()
+        self.received_bytes: defaultdict[str, int] = defaultdict(int)
+        self.sent_bytes: defaultdict[str, int] = defaultdict(int)
         """Of activations, by their codec."""
-        self.refused: Counter[str] = Counter()
+        self.refused: defaultdict[str, int] = defaultdict(int)
         """Sessions that were not admitted, by the error's code."""
         self.replays = 0
         """Journals sent to the end to a new next stage."""
@@ -62,14 +62,17 @@ class Tally:
     def computed(self, batch: Batch, took_s: float) -> None:
         """Note a batch."""
         self.steps += 1
+        rows = 0
         for work in batch.works:
             part = work.part
-            if part.position + part.rows <= work.session.passes_from:
-                self.replay_rows += part.rows
+            own = part.rows
+            rows += own
+            if part.position + own <= work.session.passes_from:
+                self.replay_rows += own
             elif part.turn:
-                self.decode_rows += part.rows
+                self.decode_rows += own
             else:
-                self.prefill_rows += part.rows
+                self.prefill_rows += own
         self.batch_sessions.add(len(batch.works))
-        self.batch_rows.add(batch.rows)
+        self.batch_rows.add(rows)
         self.batch_s.add(took_s)
