@@ -62,6 +62,7 @@ class ScriptedEngine:
         self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str
     ) -> AsyncGenerator[Piece, None]:
         self.asked.append((list(tokens), options))
+        stats.session = str(len(self.asked))
         ends = self.prompts.end_tokens
         answer = Answer(
             SessionId(1), options, ends, list(tokens), len(tokens), options.max_tokens, constraint=constraint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ from bsns.cli.console import (
     see_through,
     tell,
 )
+from bsns.cli.logs import LogFormat, LogFormatOption, log_to_stderr
 from bsns.core.errors import BadOption
 from bsns.core.hosts import is_loopback
 
@@ -93,6 +95,7 @@ def gateway(
     weights: routing.Weights = None,
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
+    log_format: LogFormatOption = "text",
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a swarm's model with OpenAI's HTTP API.
@@ -125,11 +128,11 @@ def gateway(
             say("joining the swarm")
             await client.__aenter__()
         try:
-            await serve_http(client, listener, drain_s=drain_s, as_json=as_json)
+            await serve_http(client, listener, drain_s=drain_s, as_json=as_json, log_format=log_format)
         finally:
             await see_through(client.close())
 
-    run(verb(), as_json=as_json)
+    run(verb(), as_json=as_json, log_format=log_format)
 
 
 def open_listener(
@@ -159,18 +162,24 @@ def open_listener(
     return Listener(host, port, Settings(ring, parse_size(most_body) or 0, local_only, stalled_s))
 
 
-async def serve_http(client: Client, listener: Listener, *, drain_s: float = 30.0, as_json: bool = False) -> None:
-    """Answer until cancelled."""
+async def serve_http(
+    client: Client,
+    listener: Listener,
+    *,
+    drain_s: float = 30.0,
+    as_json: bool = False,
+    log_format: LogFormat | None = None,
+) -> None:
+    """Answer until cancelled, with a log line for every request."""
     from bsns.gateway.app import create_app
     from bsns.gateway.engine import SwarmEngine
     from bsns.gateway.grammar import Grammars
-    from bsns.gateway.logs import log_requests
 
     engine = SwarmEngine(client)
     with doing("reading the vocabulary", quiet=as_json):
         grammars = await asyncio.to_thread(Grammars, engine.prompts.tokenizer, engine.vocab_size)
     app = create_app(engine, grammars, listener.settings)
-    log_requests(as_json=as_json)
+    log_to_stderr(logging.INFO, "json" if as_json else log_format)
     listener.listen()
     if as_json:
         emit({"event": "listening", "url": listener.url, "model": engine.name})

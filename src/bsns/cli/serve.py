@@ -28,6 +28,7 @@ from bsns.cli.console import (
     run,
     see_through,
 )
+from bsns.cli.logs import LogFormatOption
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.plan import Objective
@@ -95,6 +96,7 @@ def serve(
             "--metrics", metavar="HOST:PORT", help="Let Prometheus read metrics here; port 0 takes a free one."
         ),
     ] = None,
+    log_format: LogFormatOption = "text",
     as_json: JsonFlag = False,
     leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
 ) -> None:
@@ -210,7 +212,7 @@ def serve(
                     out.print(f"  bsns chat {shlex.quote(model)} --join {peer.invite}", highlight=False, markup=False)
             raise await peer.transport.lost()
 
-    run(verb(), as_json=as_json, leashed=leashed is not None)
+    run(verb(), as_json=as_json, leashed=leashed is not None, log_format=log_format)
 
 
 async def _leave(server: Server, *, quiet: bool) -> None:

@@ -93,6 +93,8 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Of the prompt's: those that its stages had from the answer before."""
+    session: str = ""
+    """The id under which the nodes' logs have it; empty until it is open."""
     tokens: int = 0
     ttft_ms: float = 0.0
     decode_s: float = 0.0
@@ -243,7 +245,7 @@ class Generator:
             constraint=constraint,
         )
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
-        stats.cached_tokens = common
+        stats.cached_tokens, stats.session = common, str(session.id)
         reader = self._readers[session.id] = Reader(session, tokens, answer)
         reader.sent = reader.through = common
         try:
@@ -401,7 +403,7 @@ class Generator:
                 self._blame(error.peer, error)
             if not isinstance(error, BsnsError):
                 raise
-            log.info("a kept session could not go on", reason=error.message)
+            log.info("a kept session could not go on", session=str(kept.session.id), reason=error.message)
             return None
         self._claim(kept.session.route)
         return kept.session, common
@@ -485,7 +487,7 @@ class Generator:
             except TimeoutError:
                 if loop.time() < give_up_s:
                     if reader.looking is None or reader.looking.done():
-                        reader.looking = asyncio.create_task(self._look(reader))
+                        reader.looking = asyncio.create_task(self._look(reader), context=reader.context)
                     continue
                 if reader.trouble is not None:
                     raise reader.trouble from None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from collections.abc import Sequence
+
+import structlog
 
 from bsns.client.decoder import Answer, Turned
 from bsns.client.fault import Progress
@@ -22,6 +25,9 @@ class Reader:
 
     def __init__(self, session: Session, tokens: Sequence[int], answer: Answer | None = None) -> None:
         self.session = session
+        self.context = contextvars.copy_context()
+        """That of the tasks that work for it, so that what they log names it, and the request it belongs to."""
+        self.context.run(structlog.contextvars.bind_contextvars, session=str(session.id))
         self.tokens = list(tokens)
         """All of a text; of an answer those so far."""
         self.guesses: list[int] = []

@@ -283,7 +283,7 @@ class Session:
         )
         for outcome in outcomes:
             if isinstance(outcome, BsnsError):
-                log.info("a node did not confirm the end of a session", error=outcome.message)
+                log.info("a node did not confirm the end of a session", session=str(self.id), error=outcome.message)
             elif isinstance(outcome, BaseException):
                 raise outcome
 

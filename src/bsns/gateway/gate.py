@@ -43,7 +43,8 @@ class Caller:
 
 
 class Gate:
-    """ASGI middleware. Endpoints find the `Caller` in `request.state.caller`."""
+    """ASGI middleware. Endpoints find the `Caller` in `request.state.caller`; the ids of sessions that they put into
+    `request.state.sessions` are logged."""
 
     def __init__(
         self,
@@ -74,7 +75,9 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         status = 0
-        caller = Caller("", Allowance())
+        caller, sessions = Caller("", Allowance()), list[str]()
+        state = scope.setdefault("state", {})
+        state["sessions"] = sessions
 
         async def tell(message: Message) -> None:
             nonlocal status
@@ -86,7 +89,7 @@ class Gate:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 try:
-                    caller = scope.setdefault("state", {})["caller"] = self._admit(headers, path)
+                    caller = state["caller"] = self._admit(headers, path)
                 except ApiError as error:
                     await _drain(receive)
                     await error.response()(scope, receive, tell)
@@ -100,7 +103,10 @@ class Gate:
                 endpoint = path if path in self._endpoints else "other"
                 self._metrics.requests.labels(endpoint, str(status)).inc()
                 ms = round((time.monotonic() - began_s) * 1e3, 1)
-                log.info("request", method=scope["method"], endpoint=endpoint, status=status, key=caller.name, ms=ms)
+                about = {"sessions": sessions} if sessions else {}
+                log.info(
+                    "request", method=scope["method"], endpoint=endpoint, status=status, key=caller.name, ms=ms, **about
+                )
 
     def _admit(self, headers: Headers, path: str) -> Caller:
         """Raises ApiError."""

@@ -284,6 +284,14 @@ class Worker:
             self.tally.refused[error.code] += 1
             self._report(stream, message.session, error)
             return
+        log.info(
+            "opened a session",
+            session=str(session.id),
+            client=stream.peer,
+            blocks=str(session.blocks),
+            tokens=session.max_tokens,
+            next=session.next,
+        )
         self._clients[stream.peer] = stream
         self._opened_on[session.id] = stream
         assert session.held is not None
@@ -445,7 +453,8 @@ class Worker:
         try:
             return run_coded(executor, batch)
         except Exception as error:
-            log.exception("a batch failed", rows=batch.rows)
+            sessions = [str(work.part.session) for work in batch.works]
+            log.exception("a batch failed", rows=batch.rows, sessions=sessions)
             return error
 
     def _finish(self, batch: Batch, outputs: Outputs | Exception, finished_s: float) -> None:
@@ -534,6 +543,7 @@ class Worker:
 
     def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
         """Tell a client that its session failed."""
+        log.info("a session failed", session=str(session), code=error.code, reason=error.message, about=error.peer)
         self._post(stream, Failure(session, error.code, error.message, error.peer))
 
     def _report_about(self, session: Session, error: BsnsError) -> None:
@@ -546,7 +556,9 @@ class Worker:
         try:
             stream.post(message, buffers)
         except PeerLost as lost:
-            log.info("nobody there to hear", peer=stream.peer, message=type(message).__name__, reason=lost.message)
+            about = {"session": str(session)} if (session := getattr(message, "session", None)) is not None else {}
+            what = type(message).__name__
+            log.info("nobody there to hear", peer=stream.peer, message=what, reason=lost.message, **about)
 
     def _on_next_failure(self, peer: PeerId, failure: Failure) -> None:
         """Tell a session's client that the next stage, or the spare for it, no longer has it; the stream's other
@@ -580,6 +592,7 @@ class Worker:
         return self._clients.get(held.client, sender)
 
     def _free(self, session: SessionId) -> None:
+        log.info("a session has ended", session=str(session))
         self._opened_on.pop(session, None)
         self._replays.end(session)
         self._batcher.drop(session)
