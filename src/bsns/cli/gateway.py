@@ -30,6 +30,7 @@ from bsns.cli.console import (
     tell,
 )
 from bsns.cli.logs import LogFormat, LogFormatOption, log_to_stderr
+from bsns.cli.telemetry import OtlpOption, open_telemetry
 from bsns.core.errors import BadOption
 from bsns.core.hosts import is_loopback
 
@@ -95,6 +96,7 @@ def gateway(
     weights: routing.Weights = None,
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
+    otlp: OtlpOption = None,
     log_format: LogFormatOption = "text",
     as_json: JsonFlag = False,
 ) -> None:
@@ -111,6 +113,7 @@ def gateway(
 
     async def verb() -> None:
         listener = open_listener(host, port, keys=keys, public=public, most_body=most_body, stalled_s=stalled_s)
+        telemetry = open_telemetry("bsns-gateway", otlp)
         with doing("loading libraries", quiet=as_json) as say:
             from bsns.node.client import Client
 
@@ -124,6 +127,7 @@ def gateway(
                 weights=weights,
                 warm_spares=warm_spares,
                 wire=wire,
+                tracer=telemetry.answers(model) if telemetry is not None else None,
             )
             say("joining the swarm")
             await client.__aenter__()
@@ -131,6 +135,8 @@ def gateway(
             await serve_http(client, listener, drain_s=drain_s, as_json=as_json, log_format=log_format)
         finally:
             await see_through(client.close())
+            if telemetry is not None:
+                await telemetry.close()
 
     run(verb(), as_json=as_json, log_format=log_format)
 

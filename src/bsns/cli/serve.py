@@ -29,6 +29,7 @@ from bsns.cli.console import (
     see_through,
 )
 from bsns.cli.logs import LogFormatOption
+from bsns.cli.telemetry import OtlpOption, open_telemetry
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.plan import Objective
@@ -96,6 +97,7 @@ def serve(
             "--metrics", metavar="HOST:PORT", help="Let Prometheus read metrics here; port 0 takes a free one."
         ),
     ] = None,
+    otlp: OtlpOption = None,
     log_format: LogFormatOption = "text",
     as_json: JsonFlag = False,
     leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
@@ -129,6 +131,8 @@ def serve(
 
                 scraping = Scraping(*parse_place(metrics))
                 stack.push_async_callback(scraping.close)
+            if (telemetry := open_telemetry("bsns-node", otlp)) is not None:
+                stack.push_async_callback(telemetry.close)
             with doing("loading libraries", quiet=as_json) as say:
                 from bsns.model.source import resolve
                 from bsns.node.leash import watch_parent
@@ -170,8 +174,9 @@ def serve(
                 peer = await (
                     Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public)
                 )
+                tracer = telemetry.stages(peer.id) if telemetry is not None else None
                 try:
-                    server = await Server.start(peer, source, options, told)
+                    server = await Server.start(peer, source, options, told, tracer)
                 except BaseException:
                     await see_through(peer.close())
                     raise

@@ -24,6 +24,7 @@ from bsns.client.session import Session
 from bsns.client.spares import Spares
 from bsns.client.speculation import Guesser
 from bsns.client.tally import Tally
+from bsns.client.tracing import Tracer
 from bsns.client.watch import patience_s
 from bsns.compression.rows import NotFinite, decode
 from bsns.core.errors import (
@@ -138,6 +139,7 @@ class Generator:
         guesser: Callable[[], Guesser] | None = None,
         keep_sessions: int = 0,
         claim: Release = lambda route: None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`warm_spares`: other nodes compute every answer's stages along, where there are such. `guesser` makes one for
         each answer, whose guesses at the next tokens are sent along (client.speculation). `keep_sessions`: so many are
@@ -169,6 +171,7 @@ class Generator:
         self._kept = KeptSessions(keep_sessions)
         self._keeps = keep_sessions > 0
         self._claim = claim
+        self._tracer = tracer
         self._spares = Spares(find_route, release, blame, self._send_rows)
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
         self.tally = Tally()
@@ -225,10 +228,16 @@ class Generator:
             )
         max_tokens = min(options.max_tokens, room)
         started_s = first_s = self._clock.now_s()
+        trace = self._tracer.begin() if self._tracer is not None else None
+        parent = trace.parent if trace is not None else ""
         self.tally.waiting += 1
         try:
-            kept = await self._resume(tokens, len(tokens) + max_tokens, tenant)
-            session, common = kept or (await self._open(len(tokens) + max_tokens), 0)
+            kept = await self._resume(tokens, len(tokens) + max_tokens, tenant, parent)
+            session, common = kept or (await self._open(len(tokens) + max_tokens, parent), 0)
+        except BaseException as error:
+            if trace is not None:
+                trace.end(stats, error)
+            raise
         finally:
             self.tally.waiting -= 1
         end_tokens, codec = self.prompts.end_tokens, session.takes
@@ -248,6 +257,8 @@ class Generator:
         stats.cached_tokens, stats.session = common, str(session.id)
         reader = self._readers[session.id] = Reader(session, tokens, answer)
         reader.sent = reader.through = common
+        reader.trace = trace
+        failure: BaseException | None = None
         try:
             answer.sent_s = self._clock.now_s()
             await self._feed(reader)
@@ -274,8 +285,13 @@ class Generator:
                         yield Piece(text + matcher.flush(), token, finished, told)
                         return
                     yield Piece(text, token, None, told)
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             stats.route = session.route
+            if trace is not None:
+                trace.end(stats, failure)
             self._end(reader, tenant)
 
     async def logits(self, tokens: Sequence[int], start: int = 0) -> AsyncIterator[torch.Tensor]:
@@ -311,14 +327,14 @@ class Generator:
         await self._links.close()
         await self._decoder.close()
 
-    async def _open(self, max_tokens: int) -> Session:
+    async def _open(self, max_tokens: int, trace: str = "") -> Session:
         """A session on the best route, as soon as there is room for it. Raises CacheFull if there is none within
         `ROOM_S`, at once where there cannot be any, and what `_open_somewhere` does."""
         give_up_s = self._clock.now_s() + self._deadline_s
         refusal: CacheFull | None = None
         if not self._waiting.locked():  # otherwise others wait, and come first
             try:
-                return await self._open_somewhere(max_tokens, give_up_s)
+                return await self._open_somewhere(max_tokens, give_up_s, trace)
             except CacheTooSmall:
                 raise
             except CacheFull as error:
@@ -328,7 +344,7 @@ class Generator:
                 look_s = FIRST_LOOK_S
                 while True:
                     try:
-                        return await self._open_somewhere(max_tokens, give_up_s, in_line=True)
+                        return await self._open_somewhere(max_tokens, give_up_s, trace, in_line=True)
                     except CacheTooSmall:
                         raise
                     except CacheFull as error:
@@ -339,7 +355,9 @@ class Generator:
             why = refusal.message if refusal is not None else "others wait for room before this answer"
             raise CacheFull(f"the swarm is full: {why}; ask again later, or add a node") from None
 
-    async def _open_somewhere(self, max_tokens: int, give_up_s: float, *, in_line: bool = False) -> Session:
+    async def _open_somewhere(
+        self, max_tokens: int, give_up_s: float, trace: str = "", *, in_line: bool = False
+    ) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
         after `give_up_s`. Where somebody was silent and nobody else is left, all are tried again for a while.
 
@@ -369,6 +387,7 @@ class Generator:
                 dtype=self._dtype,
                 max_tokens=max_tokens,
                 choose_codec=self._choose_codec,
+                trace=trace,
             )
             try:
                 left_s = max(AGAIN_S, give_up_s - self._clock.now_s())
@@ -388,13 +407,16 @@ class Generator:
             else:
                 return session
 
-    async def _resume(self, tokens: Sequence[int], max_tokens: int, tenant: str) -> tuple[Session, int] | None:
+    async def _resume(
+        self, tokens: Sequence[int], max_tokens: int, tenant: str, trace: str = ""
+    ) -> tuple[Session, int] | None:
         """A kept session that holds how a prompt begins, with room for its answer, and how much it holds; if its stages
         still have it and the room."""
         found = self._kept.take(tokens, tenant)
         if found is None:
             return None
         kept, common = found
+        kept.session.trace = trace
         try:
             await kept.session.resume(max_tokens, common, RESUME_S)
         except BaseException as error:
@@ -451,6 +473,8 @@ class Generator:
                 wanted = reader.wanted if end == reader.goal else 0
                 reader.sent = end
                 self._spares.fed(reader, start)
+                if reader.trace is not None and not reader.turns:
+                    reader.sent_s[end] = self._clock.now_s()
                 try:
                     async with asyncio.timeout(self._deadline_s):
                         await link.send(*self._step([(reader.session.id, start, end - start, wanted, hidden)], codec))
@@ -539,6 +563,7 @@ class Generator:
             if end <= reader.through or (part.wanted and not (reader.due and part.turn == reader.turns)):
                 continue  # it came twice: once before a repair, once after
             if not part.wanted and end < goal:
+                self._trace(reader, end, part)
                 reader.came_through(end)
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
@@ -560,8 +585,19 @@ class Generator:
                 reader.came_through(end)
                 reader.heard.put_nowait(memoryview(rows))
             else:
+                self._trace(reader, end, part)
                 reader.due = False
                 arrived.append(Arrived(reader.answer, rows, part.hops))
+
+    def _trace(self, reader: Reader, end: int, part: Part) -> None:
+        """A step has come through; how many rows it had is not for others to say."""
+        if reader.trace is None:
+            return
+        route, rows = reader.session.route, end - reader.through
+        if reader.turns:
+            reader.trace.decoded(route, rows, part.hops)
+        elif (sent_s := reader.sent_s.pop(end, None)) is not None:
+            reader.trace.prefilled(route, rows, sent_s, part.hops)
 
     def _on_turned(self, turned: list[Turned]) -> None:
         """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""

@@ -13,6 +13,7 @@ from bsns.client.decoder import Answer, Turned
 from bsns.client.fault import Progress
 from bsns.client.pace import Pace
 from bsns.client.session import Session
+from bsns.client.tracing import AnswerTrace
 from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId
 
@@ -63,6 +64,9 @@ class Reader:
         self.pace = Pace([hop.says_ms for hop in session.route])
         self.deaf_since_s: float | None = None
         """Since when no stage has answered."""
+        self.trace: AnswerTrace | None = None
+        self.sent_s: dict[int, float] = {}
+        """Where it is traced: when each chunk of its prompt was sent, by its end."""
         self.mending: asyncio.Task[None] | None = None
         self.looking: asyncio.Task[None] | None = None
         """Asks the stages, while a step is overdue."""

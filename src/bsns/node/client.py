@@ -21,6 +21,7 @@ from bsns.client.generate import Generator, Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.speculation import Lookup
+from bsns.client.tracing import Tracer
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.ids import PeerId
@@ -56,6 +57,7 @@ class Client:
         wire: str = AUTO,
         speculate: bool = True,
         keep_sessions: int = 16,
+        tracer: Tracer | None = None,
     ) -> None:
         """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
 
@@ -70,7 +72,7 @@ class Client:
 
         `speculate`: guesses at the next tokens are checked along with each, where that saves time (client.speculation);
         answers are the same. `keep_sessions`: what nodes hold of so many answers stays there, as long as there is room,
-        for prompts that go on where they ended.
+        for prompts that go on where they ended. `tracer` is told of every answer (client.tracing).
         """
         self._invite = invite
         self._model = model
@@ -84,6 +86,7 @@ class Client:
         self._wire = wire
         self._speculate = speculate
         self._keep_sessions = keep_sessions
+        self._tracer = tracer
         self._measuring: asyncio.Task[None] | None = None
         self._peer: Peer | None = None
         self._owns_peer = True
@@ -241,6 +244,7 @@ class Client:
             guesser=Lookup if self._speculate else None,
             keep_sessions=self._keep_sessions,
             claim=view.claim,
+            tracer=self._tracer,
         )
         self._measuring = asyncio.create_task(wires.run())
 

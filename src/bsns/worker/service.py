@@ -55,6 +55,7 @@ from bsns.worker.relay import Relay
 from bsns.worker.replays import Answer, Replays
 from bsns.worker.sessions import Session, SessionTable
 from bsns.worker.tally import Tally
+from bsns.worker.tracing import StageTrace, StageTracer
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +92,7 @@ class Worker:
         memory: Callable[[SessionTable], MemoryUse] = lambda _: MemoryUse(),
         clock: Clock = MACHINE_CLOCK,
         short_s: float = SHORT_S,
+        tracer: StageTracer | None = None,
     ) -> None:
         """`memory` reckons what the weights and caches take; batches expected to take less than `short_s` are run on
         the event loop."""
@@ -118,6 +120,8 @@ class Worker:
         self._rss_bytes, self._memory = rss_bytes, memory
         self._now_s = clock.now_s
         self._short_s = short_s
+        self._tracer = tracer
+        self._traces: dict[SessionId, StageTrace] = {}
         self._probes = ProbeLimiter()
         self._worked_s = -math.inf
         self._measured_s = self._now_s()
@@ -228,6 +232,8 @@ class Worker:
         self._closed = True
         for task in list(self._tasks):
             task.cancel()
+        for session in list(self._traces):
+            self._end_trace(session)
         await self._relay.close()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
@@ -294,6 +300,7 @@ class Worker:
         )
         self._clients[stream.peer] = stream
         self._opened_on[session.id] = stream
+        self._trace(session, message.trace)
         assert session.held is not None
         executor = self._executors[session.held]
         if executor.device != "cpu":
@@ -325,8 +332,11 @@ class Worker:
             session = self.sessions.get(message.session)
             if session is not None and session.journal is not None:
                 session.journal.cut(message.keep)
+            self._end_trace(message.session)
             if message.parked:
                 self._replays.end(message.session)
+            elif session is not None:
+                self._trace(session, message.trace)
         self._post(stream, resized)
 
     def _reroute(self, stream: Stream, message: Reroute) -> None:
@@ -504,6 +514,10 @@ class Worker:
             self._pass_on(forward, peer, codec, members, compute_ms)
         # now that the step is on its way
         self.tally.computed(batch, finished_s - started_s)
+        if self._traces:
+            for work in batch.works:
+                if (trace := self._traces.get(work.part.session)) is not None:
+                    trace.step(batch, work, finished_s)
         if batch.rows == len(batch.works) == 1:
             self._note_times([(finished_s - started_s) / len(batch.blocks)])
 
@@ -594,10 +608,19 @@ class Worker:
     def _free(self, session: SessionId) -> None:
         log.info("a session has ended", session=str(session))
         self._opened_on.pop(session, None)
+        self._end_trace(session)
         self._replays.end(session)
         self._batcher.drop(session)
         for executor in self._executors.values():
             executor.close(session)
+
+    def _trace(self, session: Session, parent: str) -> None:
+        if self._tracer is not None:
+            self._traces[session.id] = self._tracer.begin(session, session.client, parent)
+
+    def _end_trace(self, session: SessionId) -> None:
+        if (trace := self._traces.pop(session, None)) is not None:
+            trace.end()
 
     async def _sweep(self) -> None:
         while True:
