@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,7 +84,7 @@ class _Figures:
         self._loop = asyncio.get_running_loop()
 
     def collect(self) -> Sequence[Metric]:
-        """Raises TimeoutError where the loop is too busy, RuntimeError where it has ended."""
+        """Raises TimeoutError where the loop is too busy, or has ended."""
         told: concurrent.futures.Future[Sequence[Metric]] = concurrent.futures.Future()
 
         def tell() -> None:
@@ -94,7 +95,10 @@ class _Figures:
             except Exception as error:  # noqa: BLE001  whoever asks is told
                 told.set_exception(error)
 
-        self._loop.call_soon_threadsafe(tell)
+        try:
+            self._loop.call_soon_threadsafe(tell)
+        except RuntimeError:
+            raise TimeoutError("the event loop has ended") from None
         try:
             return told.result(LOOP_S)
         finally:
@@ -136,7 +140,7 @@ class _Page:
             return "405 Method Not Allowed", b"GET is all there is\n"
         try:
             return "200 OK", self._latest()
-        except (TimeoutError, RuntimeError):
+        except TimeoutError:
             return "503 Service Unavailable", b"the node is too busy to say\n"
 
     def _latest(self) -> bytes:
@@ -196,7 +200,9 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went is nothing to tell."""
+        """A client that went, or was hung up on, is nothing to tell."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 def _hang_up(request: socket.socket) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
+from memory_swarm import until
 from prometheus_client.core import CounterMetricFamily, Metric
 
 from bsns.core.errors import BadOption, PortInUse
@@ -77,22 +78,24 @@ async def test_readers_that_send_nothing_or_read_nothing_are_hung_up_on(
     open_: Scraping, connections: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take every place, a drop at a time, and the event loop does not notice."""
-    monkeypatch.setattr(scraping, "REQUEST_S", 1.0)
+    monkeypatch.setattr(scraping, "REQUEST_S", 2.0)
     for _ in range(PLACES):
         connection = socket.create_connection(("127.0.0.1", _port(open_)))
         connection.sendall(b"GET /met")
         connections.append(connection)
-    await asyncio.sleep(0.3)
-    began_s = time.monotonic()
+    await until(lambda: open_._server._places._value == 0)
     with pytest.raises(httpx.HTTPError):
         await _get(open_.url)
-    while time.monotonic() < began_s + 1.2:
+
+    def drip() -> bool:
         for connection in connections:
             try:
                 connection.sendall(b"r")
             except OSError:
                 continue  # hung up on
-        await asyncio.sleep(0.1)
+        return open_._server._places._value == PLACES
+
+    await until(drip, 10)
     assert (await _get(open_.url)).status_code == 200
 
 
