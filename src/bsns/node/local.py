@@ -241,8 +241,8 @@ class LocalSwarm:
         assert node.process.stdout is not None
         while line := await node.process.stdout.readline():
             match _event(line):
-                case {"event": "serving", "id": str(peer), "invite": str(invite), **more}:
-                    node.id, node.invite, node.metrics = PeerId(peer), invite, more.get("metrics")
+                case {"event": "serving", "id": str(peer), "invite": str(invite)} as said:
+                    node.id, node.invite, node.metrics = PeerId(peer), invite, said.get("metrics")
                     self._told(number, f"blocks {node.blocks}: serving")
                     return
                 case {"event": "error", "code": str(code), "message": str(message)}:
