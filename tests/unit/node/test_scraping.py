@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
-import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -101,10 +100,9 @@ async def test_readers_that_send_nothing_or_read_nothing_are_hung_up_on(
 
 async def test_a_loop_that_is_busy_is_not_waited_for_for_ever(open_: Scraping, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scraping, "LOOP_S", 0.1)
-    asking = asyncio.create_task(asyncio.to_thread(httpx.get, open_.url, trust_env=False))
-    await asyncio.sleep(0)
-    time.sleep(0.6)  # noqa: ASYNC251  it is what the test is about
-    assert (await asking).status_code == 503
+    with ThreadPoolExecutor(1) as threads:  # and this waits for it on the loop's own thread
+        assert threads.submit(httpx.get, open_.url, trust_env=False).result(10).status_code == 503
+    assert (await _get(open_.url)).status_code == 200
 
 
 async def test_an_address_that_is_taken_is_a_users_mistake(open_: Scraping) -> None:
