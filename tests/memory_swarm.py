@@ -14,6 +14,7 @@ from bsns.client.finding import ChooseCodec, FindRoute
 from bsns.client.generate import Generator
 from bsns.client.sampling import SamplingOptions
 from bsns.client.speculation import Guesser
+from bsns.client.tracing import Tracer
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
 from bsns.model.ends import Ends
@@ -28,6 +29,7 @@ from bsns.worker.executor import Executor
 from bsns.worker.service import Worker
 from bsns.worker.sessions import SessionTable
 from bsns.worker.torch_executor import TorchExecutor
+from bsns.worker.tracing import StageTracer
 
 MODEL = ModelId("model-under-test")
 
@@ -81,6 +83,7 @@ class MemorySwarm:
         context_tokens: int = 256,
         block_time_s: float = 1e-3,
         kind: type[Worker] = Worker,
+        tracer: StageTracer | None = None,
         **limits: Any,
     ) -> Node:
         """Start a worker and announce it."""
@@ -93,7 +96,7 @@ class MemorySwarm:
             context_tokens=context_tokens,
             **limits,
         )
-        worker = kind(executor, sessions, transport.dial, block_time_s=1e-3, rss_bytes=lambda: 1)
+        worker = kind(executor, sessions, transport.dial, block_time_s=1e-3, rss_bytes=lambda: 1, tracer=tracer)
         await transport.listen(worker.serve)
         node = self.nodes[name] = Node(worker, transport)
         now_s = time.time()
@@ -140,6 +143,7 @@ class MemorySwarm:
         choose_codec: ChooseCodec = lambda sender, receiver: RAW,
         guesser: Callable[[], Guesser] | None = None,
         keep_sessions: int = 0,
+        tracer: Tracer | None = None,
     ) -> Generator:
         """A client that finds its routes in the directory, or always takes `route`."""
         dtype = str(ends.dtype).removeprefix("torch.")
@@ -172,6 +176,7 @@ class MemorySwarm:
             guesser=guesser,
             keep_sessions=keep_sessions,
             claim=view.claim if route is None else lambda route: None,
+            tracer=tracer,
         )
         self.clients.append((generator, transport))
         return generator

@@ -14,6 +14,7 @@ from bsns.client.detokenize import Detokenizer, StopMatcher
 from bsns.client.generate import Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
+from bsns.client.tally import Tally
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError
 from bsns.core.ids import SessionId
@@ -43,6 +44,8 @@ class ScriptedEngine:
 
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts
+        self.tally = Tally(waiting=2, guesses=8, right=5)
+        self.tally.sent_bytes["int8"] = 640
         self.says = "Hello there, world."
         self.fails: BsnsError | Exception | None = None
         self.fails_after = 0
@@ -59,6 +62,7 @@ class ScriptedEngine:
         self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str
     ) -> AsyncGenerator[Piece, None]:
         self.asked.append((list(tokens), options))
+        stats.session = str(len(self.asked))
         ends = self.prompts.end_tokens
         answer = Answer(
             SessionId(1), options, ends, list(tokens), len(tokens), options.max_tokens, constraint=constraint

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from processes import BLOCKS, Running, bsns, running, says, status, tiny, until
 
@@ -125,3 +127,17 @@ def test_a_founder_for_people_prints_an_invite_in_one_piece(tiny: str) -> None:
         command.signal(signal.SIGINT)
         assert command.finish(5).returncode == 130
         command.family.left_nothing()
+
+
+def test_prometheus_reads_a_node_while_it_answers(tiny: str) -> None:
+    with running("serve", tiny, "--threads", "1", "--metrics", "127.0.0.1:0", "--json") as command:
+        serving = command.event("serving")
+        args = ("--prompt", "Hello", "--raw", "--max-tokens", "8", "--temperature", "1", "--json")
+        assert bsns("generate", tiny, "--join", serving["invite"], *args).returncode == 0
+        told = httpx.get(serving["metrics"], trust_env=False).text
+        assert re.search(r'bsns_node_rows_total\{kind="decode"\} [1-9]', told), told
+        assert f'peer="{serving["id"]}"' in told
+        taken = bsns("serve", tiny, "--metrics", serving["metrics"].split("/")[2])
+        assert (taken.returncode, taken.stdout) == (2, "")
+        assert "give another --metrics" in taken.stderr
+        assert bsns("serve", tiny, "--metrics", "everywhere").returncode == 2

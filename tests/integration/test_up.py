@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 from processes import BSNS, Family, bsns, environment, running, says, tiny, until
 
@@ -41,6 +43,17 @@ def test_the_answer_alone_goes_to_standard_output(tiny: str) -> None:
         rows = [line.split("│")[2].strip() for line in ended.stderr.splitlines() if line.startswith("│")]
         assert rows == ["0:4"]
         assert "3 tokens (cut off at 3; see --max-tokens)" in ended.stderr
+        command.family.left_nothing()
+
+
+def test_metrics_of_each_node(tiny: str) -> None:
+    with running("up", tiny, "--nodes", "2", "--metrics", "--json", env={"BSNS_LOG_FORMAT": "json"}) as command:
+        urls = command.event("serving")["metrics"]
+        told = [httpx.get(url, trust_env=False).text for url in urls]
+        held = [re.search(r'bsns_node_range_blocks\{range="(.*?)",state="open"\} 2\.0', text) for text in told]
+        assert [match[1] for match in held if match is not None] == ["0:2", "2:4"]
+        command.signal(signal.SIGINT)
+        command.finish(10)
         command.family.left_nothing()
 
 

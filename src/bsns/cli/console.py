@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import re
 import signal
@@ -24,12 +23,12 @@ from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar, cast
 
 import psutil
-import structlog
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from bsns.cli.logs import LogFormat, log_to_stderr
 from bsns.core.errors import BadOption, BsnsError, NotAMember, PeerFailed, Remedy, WrongSwarm
 
 T = TypeVar("T")
@@ -114,9 +113,15 @@ class _Signals:
             leave(EXIT_INTERRUPTED)
 
 
-def run(verb: Coroutine[Any, Any, None], *, as_json: bool = False, leashed: bool = False) -> None:
+def run(
+    verb: Coroutine[Any, Any, None],
+    *,
+    as_json: bool = False,
+    leashed: bool = False,
+    log_format: LogFormat | None = None,
+) -> None:
     """Run a verb to its end; an error becomes one line (with `as_json` also an object) and an exit status."""
-    _quiet_logs()
+    log_to_stderr(format_=log_format)
     signals = _Signals()
     status = 0
 
@@ -351,17 +356,3 @@ def _flush() -> None:
         except OSError:
             with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def _quiet_logs() -> None:
-    """Our own log at BSNS_LOG (default: warning), on standard error; libraries only when they warn."""
-    level = logging.getLevelNamesMapping().get(os.environ.get("BSNS_LOG", "").upper(), logging.WARNING)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    # The usual renderer prints every frame's variables with a traceback: keys and invites would be among them.
-    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    structlog.configure(
-        processors=[*structlog.get_config()["processors"][:-1], plain],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        # asked at every use: standard error may be another one by then
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
-    )

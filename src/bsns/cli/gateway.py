@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import logging
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +29,10 @@ from bsns.cli.console import (
     see_through,
     tell,
 )
+from bsns.cli.logs import LogFormat, LogFormatOption, log_to_stderr
+from bsns.cli.telemetry import OtlpOption, open_telemetry
 from bsns.core.errors import BadOption
+from bsns.core.hosts import is_loopback
 
 if TYPE_CHECKING:
     from bsns.gateway.server import Listener
@@ -93,6 +97,8 @@ def gateway(
     warm_spares: routing.WarmSpares = False,
     wire: routing.Wire = "auto",
     draft: routing.Draft = None,
+    otlp: OtlpOption = None,
+    log_format: LogFormatOption = "text",
     as_json: JsonFlag = False,
 ) -> None:
     """Serve a swarm's model with OpenAI's HTTP API.
@@ -108,6 +114,7 @@ def gateway(
 
     async def verb() -> None:
         listener = open_listener(host, port, keys=keys, public=public, most_body=most_body, stalled_s=stalled_s)
+        telemetry = open_telemetry("bsns-gateway", otlp)
         with doing("loading libraries", quiet=as_json) as say:
             from bsns.node.client import Client
 
@@ -122,15 +129,18 @@ def gateway(
                 warm_spares=warm_spares,
                 wire=wire,
                 draft=draft,
+                tracer=telemetry.answers(model) if telemetry is not None else None,
             )
             say("joining the swarm")
             await client.__aenter__()
         try:
-            await serve_http(client, listener, drain_s=drain_s, as_json=as_json)
+            await serve_http(client, listener, drain_s=drain_s, as_json=as_json, log_format=log_format)
         finally:
             await see_through(client.close())
+            if telemetry is not None:
+                await telemetry.close()
 
-    run(verb(), as_json=as_json)
+    run(verb(), as_json=as_json, log_format=log_format)
 
 
 def open_listener(
@@ -143,11 +153,11 @@ def open_listener(
     stalled_s: float = 30.0,
 ) -> Listener:
     """What can be wrong with a gateway's options is told before a swarm is troubled. Raises BadOption, PortInUse."""
-    for name in ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance"):
+    for name in ("fastapi", "uvicorn", "sse_starlette", "llguidance"):
         if importlib.util.find_spec(name) is None:
             raise BadOption(f"the gateway needs {name}, which is not installed: pip install 'bsns[gateway]'")
     from bsns.gateway.keys import KeyRing
-    from bsns.gateway.server import Listener, is_loopback
+    from bsns.gateway.server import Listener
     from bsns.gateway.settings import Settings
 
     if keys is None and not public and not is_loopback(host):
@@ -160,18 +170,24 @@ def open_listener(
     return Listener(host, port, Settings(ring, parse_size(most_body) or 0, local_only, stalled_s))
 
 
-async def serve_http(client: Client, listener: Listener, *, drain_s: float = 30.0, as_json: bool = False) -> None:
-    """Answer until cancelled."""
+async def serve_http(
+    client: Client,
+    listener: Listener,
+    *,
+    drain_s: float = 30.0,
+    as_json: bool = False,
+    log_format: LogFormat | None = None,
+) -> None:
+    """Answer until cancelled, with a log line for every request."""
     from bsns.gateway.app import create_app
     from bsns.gateway.engine import SwarmEngine
     from bsns.gateway.grammar import Grammars
-    from bsns.gateway.logs import log_requests
 
     engine = SwarmEngine(client)
     with doing("reading the vocabulary", quiet=as_json):
         grammars = await asyncio.to_thread(Grammars, engine.prompts.tokenizer, engine.vocab_size)
     app = create_app(engine, grammars, listener.settings)
-    log_requests(as_json=as_json)
+    log_to_stderr(logging.INFO, "json" if as_json else log_format)
     listener.listen()
     if as_json:
         emit({"event": "listening", "url": listener.url, "model": engine.name})

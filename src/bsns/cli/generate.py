@@ -21,6 +21,7 @@ from bsns.cli.console import (
     run,
     see_through,
 )
+from bsns.cli.telemetry import OtlpOption, open_telemetry
 from bsns.cli.up import answer, check_prompt
 
 
@@ -47,6 +48,7 @@ def generate(
     seed: sampling.Seed = 0,
     stop: sampling.Stop = None,
     max_tokens: sampling.MaxTokens = 256,
+    otlp: OtlpOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Answer one prompt over a swarm, streaming.
@@ -64,6 +66,7 @@ def generate(
                 err.print("the prompt, ended by Ctrl-D:", highlight=False)
             text = await from_thread(sys.stdin.read)
         check_prompt(text)
+        telemetry = open_telemetry("bsns-generate", otlp)
         with doing("loading libraries", quiet=as_json) as say:
             from bsns.client.sampling import SamplingOptions
             from bsns.node.client import Client
@@ -82,6 +85,7 @@ def generate(
                 wire=wire,
                 speculate=speculate,
                 draft=draft,
+                tracer=telemetry.answers(model) if telemetry is not None else None,
             )
             say("joining the swarm")
             await client.__aenter__()
@@ -89,5 +93,7 @@ def generate(
             await answer(client, text, options, raw=raw, as_json=as_json)
         finally:
             await see_through(client.close())
+            if telemetry is not None:
+                await telemetry.close()
 
     run(verb(), as_json=as_json)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +28,8 @@ from bsns.cli.console import (
     run,
     see_through,
 )
+from bsns.cli.logs import LogFormatOption
+from bsns.cli.telemetry import OtlpOption, open_telemetry
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.plan import Objective
@@ -88,6 +91,14 @@ def serve(
     first_blocks: Annotated[str | None, typer.Option("--first-blocks", metavar="START:END", hidden=True)] = None,
     most_blocks: Annotated[int | None, typer.Option("--most-blocks", metavar="N", min=1, hidden=True)] = None,
     lease_s: Annotated[float, typer.Option("--lease-s", min=0.1, metavar="SECONDS", hidden=True)] = LEASE_S,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics", metavar="HOST:PORT", help="Let Prometheus read metrics here; port 0 takes a free one."
+        ),
+    ] = None,
+    otlp: OtlpOption = None,
+    log_format: LogFormatOption = "text",
     as_json: JsonFlag = False,
     leashed: Annotated[int | None, typer.Option("--leashed", hidden=True)] = None,
 ) -> None:
@@ -114,6 +125,14 @@ def serve(
             raise BadOption("--public founds a new swarm, --join enters one; give only one of them")
         Objective.named(objective)
         async with contextlib.AsyncExitStack() as stack:
+            scraping = None
+            if metrics is not None:
+                from bsns.node.scraping import Scraping, parse_place
+
+                scraping = Scraping(*parse_place(metrics))
+                stack.push_async_callback(scraping.close)
+            if (telemetry := open_telemetry("bsns-node", otlp)) is not None:
+                stack.push_async_callback(telemetry.close)
             with doing("loading libraries", quiet=as_json) as say:
                 from bsns.model.source import resolve
                 from bsns.node.leash import watch_parent
@@ -155,12 +174,17 @@ def serve(
                 peer = await (
                     Peer.join(join, options.listen) if join else Peer.found(options.listen, open_swarm=public)
                 )
+                tracer = telemetry.stages(peer.id) if telemetry is not None else None
                 try:
-                    server = await Server.start(peer, source, options, told)
+                    server = await Server.start(peer, source, options, told, tracer)
                 except BaseException:
                     await see_through(peer.close())
                     raise
                 stack.push_async_callback(_leave, server, quiet=as_json)
+            if scraping is not None:
+                from bsns.node.metrics import server_metrics
+
+                scraping.begin(partial(server_metrics, server))
             record = server.record
             if as_json:
                 emit(
@@ -173,6 +197,7 @@ def serve(
                         "executor": record.executor,
                         "cache_tokens": record.cache_tokens,
                         "invite": peer.invite,
+                        "metrics": scraping.url if scraping is not None else None,
                     }
                 )
             else:
@@ -182,6 +207,8 @@ def serve(
                     f"cache for {record.cache_tokens} tokens; Ctrl-C ends it",
                     highlight=False,
                 )
+                if scraping is not None:
+                    err.print(f"metrics at {scraping.url}", highlight=False, markup=False)
                 if not join:
                     where = "" if host not in ("127.0.0.1", "localhost", "::1") else " on this machine (see --host)"
                     out.print(f"Others{where} join with:", highlight=False)
@@ -190,7 +217,7 @@ def serve(
                     out.print(f"  bsns chat {shlex.quote(model)} --join {peer.invite}", highlight=False, markup=False)
             raise await peer.transport.lost()
 
-    run(verb(), as_json=as_json, leashed=leashed is not None)
+    run(verb(), as_json=as_json, leashed=leashed is not None, log_format=log_format)
 
 
 async def _leave(server: Server, *, quiet: bool) -> None:

@@ -78,6 +78,9 @@ def up(
     wire: routing.Wire = "auto",
     speculate: routing.Speculate = True,
     draft: routing.Draft = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Let Prometheus read each node's metrics, on free ports of this machine.")
+    ] = False,
     temperature: sampling.Temperature = 0.0,
     top_k: sampling.TopK = 0,
     top_p: sampling.TopP = 1.0,
@@ -133,6 +136,7 @@ def up(
                     quant=quant,
                     kv=kv,
                     movable=True,
+                    metrics=metrics,
                 )
                 stack.push_async_callback(local_swarm.take_down, swarm, quiet=as_json)
                 say("opening the model's ends")
@@ -167,8 +171,11 @@ def up(
                 await local_swarm.unless_lost(answering, swarm)
             else:
                 if as_json:
-                    emit({"event": "serving", "invite": swarm.peer.invite} | forecast.as_dict())
+                    told = {"event": "serving", "invite": swarm.peer.invite, "metrics": swarm.metrics()}
+                    emit(told | forecast.as_dict())
                 else:
+                    for url in swarm.metrics():
+                        out.print(f"Metrics: {url}", highlight=False, markup=False)
                     out.print("Use it from another terminal (Ctrl-C ends the swarm):")
                     out.print(
                         f"  bsns chat {shlex.quote(model)} --join {swarm.peer.invite}", highlight=False, markup=False

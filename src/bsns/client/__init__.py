@@ -10,6 +10,8 @@ spares      nodes that compute an answer's stages along, on request
 finding     how stages are asked for, and what is told of them
 pace        which stage has become slow (pure)
 decoder     the thread that turns activations into tokens and tokens into activations
+tracing     the port to whoever traces answers
+tally       what a client has done so far, in figures
 generate    a prompt's way to a streamed answer
 sampling    logits to a token, a pure function of seed and position
 detokenize  tokens to text, and stop strings

@@ -23,6 +23,8 @@ from bsns.client.sampling import Constraint, Logprobs, SamplingOptions
 from bsns.client.session import Session
 from bsns.client.spares import Spares
 from bsns.client.speculation import Guesser
+from bsns.client.tally import Tally
+from bsns.client.tracing import Tracer
 from bsns.client.watch import patience_s
 from bsns.compression.rows import NotFinite, decode
 from bsns.core.errors import (
@@ -92,6 +94,8 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Of the prompt's: those that its stages had from the answer before."""
+    session: str = ""
+    """The id under which the nodes' logs have it; empty until it is open."""
     tokens: int = 0
     ttft_ms: float = 0.0
     decode_s: float = 0.0
@@ -137,6 +141,7 @@ class Generator:
         guesser: Callable[[], Guesser] | None = None,
         keep_sessions: int = 0,
         claim: Release = lambda route: None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`warm_spares`: other nodes compute every answer's stages along, where there are such. `guesser` makes one for
         each answer, whose guesses at the next tokens are sent along (client.speculation). `keep_sessions`: so many are
@@ -168,8 +173,10 @@ class Generator:
         self._kept = KeptSessions(keep_sessions)
         self._keeps = keep_sessions > 0
         self._claim = claim
+        self._tracer = tracer
         self._spares = Spares(find_route, release, blame, self._send_rows)
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
+        self.tally = Tally()
         self._readers: dict[SessionId, Reader] = {}
         self._waiting = asyncio.Lock()
         """Held by the answer that asks for room again: the others come after it in their order."""
@@ -223,8 +230,18 @@ class Generator:
             )
         max_tokens = min(options.max_tokens, room)
         started_s = first_s = self._clock.now_s()
-        kept = await self._resume(tokens, len(tokens) + max_tokens, tenant)
-        session, common = kept or (await self._open(len(tokens) + max_tokens), 0)
+        trace = self._tracer.begin() if self._tracer is not None else None
+        parent = trace.parent if trace is not None else ""
+        self.tally.waiting += 1
+        try:
+            kept = await self._resume(tokens, len(tokens) + max_tokens, tenant, parent)
+            session, common = kept or (await self._open(len(tokens) + max_tokens, parent), 0)
+        except BaseException as error:
+            if trace is not None:
+                trace.end(stats, error)
+            raise
+        finally:
+            self.tally.waiting -= 1
         end_tokens, codec = self.prompts.end_tokens, session.takes
         guesser = self._guesser() if guess and self._guesser is not None else None
         answer = Answer(
@@ -239,9 +256,11 @@ class Generator:
             constraint=constraint,
         )
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
-        stats.cached_tokens = common
+        stats.cached_tokens, stats.session = common, str(session.id)
         reader = self._readers[session.id] = Reader(session, tokens, answer)
         reader.sent = reader.through = common
+        reader.trace = trace
+        failure: BaseException | None = None
         try:
             answer.sent_s = self._clock.now_s()
             await self._feed(reader)
@@ -268,8 +287,13 @@ class Generator:
                         yield Piece(text + matcher.flush(), token, finished, told)
                         return
                     yield Piece(text, token, None, told)
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             stats.route = session.route
+            if trace is not None:
+                trace.end(stats, failure)
             self._end(reader, tenant)
 
     async def logits(self, tokens: Sequence[int], start: int = 0) -> AsyncIterator[torch.Tensor]:
@@ -305,14 +329,14 @@ class Generator:
         await self._links.close()
         await self._decoder.close()
 
-    async def _open(self, max_tokens: int) -> Session:
+    async def _open(self, max_tokens: int, trace: str = "") -> Session:
         """A session on the best route, as soon as there is room for it. Raises CacheFull if there is none within
         `ROOM_S`, at once where there cannot be any, and what `_open_somewhere` does."""
         give_up_s = self._clock.now_s() + self._deadline_s
         refusal: CacheFull | None = None
         if not self._waiting.locked():  # otherwise others wait, and come first
             try:
-                return await self._open_somewhere(max_tokens, give_up_s)
+                return await self._open_somewhere(max_tokens, give_up_s, trace)
             except CacheTooSmall:
                 raise
             except CacheFull as error:
@@ -322,7 +346,7 @@ class Generator:
                 look_s = FIRST_LOOK_S
                 while True:
                     try:
-                        return await self._open_somewhere(max_tokens, give_up_s, in_line=True)
+                        return await self._open_somewhere(max_tokens, give_up_s, trace, in_line=True)
                     except CacheTooSmall:
                         raise
                     except CacheFull as error:
@@ -333,7 +357,9 @@ class Generator:
             why = refusal.message if refusal is not None else "others wait for room before this answer"
             raise CacheFull(f"the swarm is full: {why}; ask again later, or add a node") from None
 
-    async def _open_somewhere(self, max_tokens: int, give_up_s: float, *, in_line: bool = False) -> Session:
+    async def _open_somewhere(
+        self, max_tokens: int, give_up_s: float, trace: str = "", *, in_line: bool = False
+    ) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
         after `give_up_s`. Where somebody was silent and nobody else is left, all are tried again for a while.
 
@@ -363,6 +389,7 @@ class Generator:
                 dtype=self._dtype,
                 max_tokens=max_tokens,
                 choose_codec=self._choose_codec,
+                trace=trace,
             )
             try:
                 left_s = max(AGAIN_S, give_up_s - self._clock.now_s())
@@ -382,13 +409,16 @@ class Generator:
             else:
                 return session
 
-    async def _resume(self, tokens: Sequence[int], max_tokens: int, tenant: str) -> tuple[Session, int] | None:
+    async def _resume(
+        self, tokens: Sequence[int], max_tokens: int, tenant: str, trace: str = ""
+    ) -> tuple[Session, int] | None:
         """A kept session that holds how a prompt begins, with room for its answer, and how much it holds; if its stages
         still have it and the room."""
         found = self._kept.take(tokens, tenant)
         if found is None:
             return None
         kept, common = found
+        kept.session.trace = trace
         try:
             await kept.session.resume(max_tokens, common, RESUME_S)
         except BaseException as error:
@@ -397,7 +427,7 @@ class Generator:
                 self._blame(error.peer, error)
             if not isinstance(error, BsnsError):
                 raise
-            log.info("a kept session could not go on", reason=error.message)
+            log.info("a kept session could not go on", session=str(kept.session.id), reason=error.message)
             return None
         self._claim(kept.session.route)
         return kept.session, common
@@ -445,6 +475,8 @@ class Generator:
                 wanted = reader.wanted if end == reader.goal else 0
                 reader.sent = end
                 self._spares.fed(reader, start)
+                if reader.trace is not None and not reader.turns:
+                    reader.sent_s[end] = self._clock.now_s()
                 try:
                     async with asyncio.timeout(self._deadline_s):
                         await link.send(*self._step([(reader.session.id, start, end - start, wanted, hidden)], codec))
@@ -481,7 +513,7 @@ class Generator:
             except TimeoutError:
                 if loop.time() < give_up_s:
                     if reader.looking is None or reader.looking.done():
-                        reader.looking = asyncio.create_task(self._look(reader))
+                        reader.looking = asyncio.create_task(self._look(reader), context=reader.context)
                     continue
                 if reader.trouble is not None:
                     raise reader.trouble from None
@@ -505,10 +537,12 @@ class Generator:
         parts = tuple(Part(s, at, rows, wanted, turn=turns.get(s, 0)) for s, at, rows, wanted, _ in steps)
         rows = sum(part.rows for part in parts)
         tensors = (coded("hidden", self._dtype, (rows, self._hidden_size), codec),)
+        self.tally.sent_bytes[codec] += tensors[0].nbytes
         return Step(parts, tensors), [hidden for *_, hidden in steps]
 
     def _on_results(self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]]) -> None:
         arrived: list[Arrived] = []
+        self.tally.received_bytes[codec] += sum(rows.nbytes for _, rows in results)
         try:
             self._take_results(peer, codec, results, arrived)
         finally:  # what came before something that is wrong has come
@@ -531,6 +565,7 @@ class Generator:
             if end <= reader.through or (part.wanted and not (reader.due and part.turn == reader.turns)):
                 continue  # it came twice: once before a repair, once after
             if not part.wanted and end < goal:
+                self._trace(reader, end, part)
                 reader.came_through(end)
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
@@ -552,8 +587,19 @@ class Generator:
                 reader.came_through(end)
                 reader.heard.put_nowait(memoryview(rows))
             else:
+                self._trace(reader, end, part)
                 reader.due = False
                 arrived.append(Arrived(reader.answer, rows, part.hops))
+
+    def _trace(self, reader: Reader, end: int, part: Part) -> None:
+        """A step has come through; how many rows it had is not for others to say."""
+        if reader.trace is None:
+            return
+        route, rows = reader.session.route, end - reader.through
+        if reader.turns:
+            reader.trace.decoded(route, rows, part.hops)
+        elif (sent_s := reader.sent_s.pop(end, None)) is not None:
+            reader.trace.prefilled(route, rows, sent_s, part.hops)
 
     def _on_turned(self, turned: list[Turned]) -> None:
         """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""
@@ -562,6 +608,8 @@ class Generator:
             reader = self._readers.get(item.answer.session)
             if reader is None:
                 continue  # it has gone
+            self.tally.guesses += len(reader.guesses)
+            self.tally.right += len(item.tokens) - 1
             reader.turn(item.tokens, item.guesses, ended=item.finished is not None)
             # where the first stage is being replaced, whoever feeds the new one sends this as well
             if item.hidden is not None and reader.sent == reader.through and not reader.feeding.locked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
@@ -84,7 +85,8 @@ class Link:
         self._descriptions: list[asyncio.Future[Description]] = []
         self._nonces = itertools.count()
         self.lost: BsnsError | None = None
-        self._reader = asyncio.create_task(self._read())
+        # in nobody's context: it serves other answers than the one that needs it first
+        self._reader = asyncio.create_task(self._read(), context=contextvars.Context())
 
     async def send(self, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         """Raises PeerLost."""

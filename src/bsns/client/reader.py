@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from collections.abc import Sequence
+
+import structlog
 
 from bsns.client.decoder import Answer, Turned
 from bsns.client.fault import Progress
 from bsns.client.pace import Pace
 from bsns.client.session import Session
+from bsns.client.tracing import AnswerTrace
 from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId
 
@@ -22,6 +26,9 @@ class Reader:
 
     def __init__(self, session: Session, tokens: Sequence[int], answer: Answer | None = None) -> None:
         self.session = session
+        self.context = contextvars.copy_context()
+        """That of the tasks that work for it, so that what they log names it, and the request it belongs to."""
+        self.context.run(structlog.contextvars.bind_contextvars, session=str(session.id))
         self.tokens = list(tokens)
         """All of a text; of an answer those so far."""
         self.guesses: list[int] = []
@@ -57,6 +64,9 @@ class Reader:
         self.pace = Pace([hop.says_ms for hop in session.route])
         self.deaf_since_s: float | None = None
         """Since when no stage has answered."""
+        self.trace: AnswerTrace | None = None
+        self.sent_s: dict[int, float] = {}
+        """Where it is traced: when each chunk of its prompt was sent, by its end."""
         self.mending: asyncio.Task[None] | None = None
         self.looking: asyncio.Task[None] | None = None
         """Asks the stages, while a step is overdue."""

@@ -71,7 +71,7 @@ class Repairs:
             self._blame(peer, error)
             reader.lost.setdefault(peer, error)
             if reader.mending is None:
-                reader.mending = asyncio.create_task(self._mend(reader))
+                reader.mending = asyncio.create_task(self._mend(reader), context=reader.context)
         elif peer not in reader.former:
             reader.heard.put_nowait(error)
 

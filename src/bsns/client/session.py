@@ -36,10 +36,13 @@ class Session:
         dtype: str,
         max_tokens: int,
         choose_codec: ChooseCodec = lambda sender, receiver: RAW,
+        trace: str = "",
     ) -> None:
         self.id = SessionId(LEAST_ID + secrets.randbelow(2**63 - LEAST_ID))
         self.route = route
         self.max_tokens = max_tokens
+        self.trace = trace
+        """The span that stages are told of (protocol.inference.Open)."""
         self._links = links
         self._model = model
         self._dtype = dtype
@@ -253,6 +256,7 @@ class Session:
             takes=self._codec(route, index),
             gives=self._codec(route, index + 1),
             waits=waits,
+            trace=self.trace,
         )
 
     def park(self, tokens: int) -> None:
@@ -265,8 +269,9 @@ class Session:
     async def resume(self, max_tokens: int, keep: int, deadline_s: float) -> None:
         """Have so much room on every stage again, of whose tokens the first `keep` stand. Raises what a stage answers,
         blaming it."""
+        message = Resize(self.id, max_tokens, keep, trace=self.trace)
         outcomes = await asyncio.gather(
-            *(link.resize(Resize(self.id, max_tokens, keep), deadline_s) for link in self._open), return_exceptions=True
+            *(link.resize(message, deadline_s) for link in self._open), return_exceptions=True
         )
         for link, outcome in zip(self._open, outcomes, strict=True):
             if isinstance(outcome, BsnsError):
@@ -283,7 +288,7 @@ class Session:
         )
         for outcome in outcomes:
             if isinstance(outcome, BsnsError):
-                log.info("a node did not confirm the end of a session", error=outcome.message)
+                log.info("a node did not confirm the end of a session", session=str(self.id), error=outcome.message)
             elif isinstance(outcome, BaseException):
                 raise outcome
 

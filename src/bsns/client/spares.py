@@ -86,7 +86,7 @@ class Spares:
     def keep(self, reader: Reader) -> None:
         """See to it from now on that each stage of the reader's route has a spare."""
         held = self._held[reader.session.id] = _Held()
-        held.keeper = asyncio.create_task(self._keep(reader, held))
+        held.keeper = asyncio.create_task(self._keep(reader, held), context=reader.context)
 
     async def end(self, reader: Reader) -> None:
         """Free the session on its spares."""

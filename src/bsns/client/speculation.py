@@ -14,7 +14,7 @@ that is too much, none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 LONGEST, SHORTEST = 4, 2
 """Tokens that have to have stood before, in this order, for what followed them to be guessed."""
@@ -40,7 +40,7 @@ GAIN = 1.03
 class Guesser(Protocol):
     """One answer's guesses."""
 
-    quick: ClassVar[bool]
+    quick: bool
     """Whether guessing takes next to nothing, so that it may be done on the event loop."""
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:

@@ -16,5 +16,4 @@ answering   the answers to one request, as they come
 replies     what clients get (pure)
 errors      OpenAI's error object and its statuses
 metrics     what Prometheus reads
-logs        a line for every request
 """

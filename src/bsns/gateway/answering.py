@@ -48,6 +48,8 @@ class Answers:
     usage: Usage
     tenant: str
     """Whose they are."""
+    sessions: list[str]
+    """The ids of those that have answered, for the log."""
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Each choice's next piece, by its number. A reader that waits holds them all up; closing this frees them.
@@ -76,17 +78,22 @@ class Answers:
         waited = metrics.first_token_s
         stats = Stats()
         pieces = self.engine.stream(ask.tokens, ask.options, stats, ask.constraint, self.tenant)
-        with metrics.under_way.track_inprogress():
-            async with contextlib.aclosing(pieces):
-                async for piece in pieces:
-                    now_s = time.monotonic()
-                    waited.observe(now_s - last_s)
-                    if waited is metrics.first_token_s:
-                        usage.cached_tokens = max(usage.cached_tokens, stats.cached_tokens)
-                    waited, last_s = metrics.next_token_s, now_s
-                    usage.answer_tokens += 1
-                    metrics.tokens.labels("out").inc()
-                    yield piece
+        try:
+            with metrics.under_way.track_inprogress():
+                async with contextlib.aclosing(pieces):
+                    async for piece in pieces:
+                        now_s = time.monotonic()
+                        waited.observe(now_s - last_s)
+                        if waited is metrics.first_token_s:
+                            usage.cached_tokens = max(usage.cached_tokens, stats.cached_tokens)
+                            metrics.cached_tokens.inc(stats.cached_tokens)
+                        waited, last_s = metrics.next_token_s, now_s
+                        usage.answer_tokens += 1
+                        metrics.tokens.labels("out").inc()
+                        yield piece
+        finally:
+            if stats.session:
+                self.sessions.append(stats.session)
 
 
 async def _next(stream: AsyncGenerator[Piece, None]) -> Piece | None:

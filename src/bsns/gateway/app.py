@@ -30,7 +30,7 @@ _FIELD = re.compile(r"[a-z_]\w*|\d+")
 
 def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAPI:
     """An ASGI application that answers with this engine."""
-    metrics, limits, created = Metrics(lambda: engine.repairs), Limits(), int(time.time())
+    metrics, limits, created = Metrics(engine), Limits(), int(time.time())
     app = FastAPI(
         title="BSNS gateway",
         version=bsns.__version__,

@@ -108,7 +108,7 @@ class Desk:
     ) -> Response:
         """`prompt_tokens`: of all prompts, each counted once however many choices it has."""
         caller: Caller = request.state.caller
-        answers = Answers(self.engine, asks, self.metrics, Usage(prompt_tokens), caller.name)
+        answers = Answers(self.engine, asks, self.metrics, Usage(prompt_tokens), caller.name, request.state.sessions)
         choices = [choice(i) for i in range(len(asks))]
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._room(caller, len(asks)))

@@ -11,6 +11,7 @@ from typing import Protocol
 from bsns.client.generate import Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
+from bsns.client.tally import Tally
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.node.client import Client
 
@@ -29,6 +30,9 @@ class Engine(Protocol):
     def repairs(self) -> int:
         """How many times a lost stage has been replaced so far."""
         ...
+
+    @property
+    def tally(self) -> Tally: ...
 
     def stream(
         self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str
@@ -57,6 +61,10 @@ class SwarmEngine:
     @property
     def repairs(self) -> int:
         return self._client.generator.repairs
+
+    @property
+    def tally(self) -> Tally:
+        return self._client.generator.tally
 
     def stream(
         self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str

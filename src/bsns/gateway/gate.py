@@ -11,13 +11,13 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bsns.core.errors import BsnsError
+from bsns.core.hosts import names_this_machine
 from bsns.gateway.errors import ApiError, internal
 from bsns.gateway.keys import KeyRing
 from bsns.gateway.limits import Allowance, Limits
@@ -43,7 +43,8 @@ class Caller:
 
 
 class Gate:
-    """ASGI middleware. Endpoints find the `Caller` in `request.state.caller`."""
+    """ASGI middleware. Endpoints find the `Caller` in `request.state.caller`; the ids of sessions that they put into
+    `request.state.sessions` are logged."""
 
     def __init__(
         self,
@@ -74,7 +75,9 @@ class Gate:
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         status = 0
-        caller = Caller("", Allowance())
+        caller, sessions = Caller("", Allowance()), list[str]()
+        state = scope.setdefault("state", {})
+        state["sessions"] = sessions
 
         async def tell(message: Message) -> None:
             nonlocal status
@@ -86,7 +89,7 @@ class Gate:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 try:
-                    caller = scope.setdefault("state", {})["caller"] = self._admit(headers, path)
+                    caller = state["caller"] = self._admit(headers, path)
                 except ApiError as error:
                     await _drain(receive)
                     await error.response()(scope, receive, tell)
@@ -100,11 +103,14 @@ class Gate:
                 endpoint = path if path in self._endpoints else "other"
                 self._metrics.requests.labels(endpoint, str(status)).inc()
                 ms = round((time.monotonic() - began_s) * 1e3, 1)
-                log.info("request", method=scope["method"], endpoint=endpoint, status=status, key=caller.name, ms=ms)
+                about = {"sessions": sessions} if sessions else {}
+                log.info(
+                    "request", method=scope["method"], endpoint=endpoint, status=status, key=caller.name, ms=ms, **about
+                )
 
     def _admit(self, headers: Headers, path: str) -> Caller:
         """Raises ApiError."""
-        if self._local_only and not _is_local(headers.get("host", "")):
+        if self._local_only and not names_this_machine(headers.get("host", "")):
             raise ApiError(403, "this gateway answers this machine only, by the name localhost or 127.0.0.1")
         if path in OPEN_PATHS:
             return Caller("", Allowance())
@@ -170,14 +176,3 @@ async def _drain(receive: Receive) -> None:
             while more and read < MOST_DRAINED_BYTES:
                 message = await receive()
                 read, more = read + len(message.get("body", b"")), message.get("more_body", False)
-
-
-def _is_local(host: str) -> bool:
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    name = name.strip("[]")
-    if name == "localhost":
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False

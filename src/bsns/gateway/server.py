@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Generator
-from ipaddress import ip_address
 
 import uvicorn
 from fastapi import FastAPI
@@ -79,13 +78,3 @@ class Listener:
             server.should_exit = True
             await serving
             raise
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -10,6 +10,9 @@ orchestrator  stands for the office, plans while it holds it, says which plan is
 moving        brings what a node holds to what the plan in force says
 observe       looks at a swarm without using it
 snapshots     the swarm as one frozen view, with the ways of whoever looks
+telemetry     spans of answers and stages, for OpenTelemetry
+metrics       what Prometheus reads of a node
+scraping      the address at which it does
 view          who is here now, and how far away
 wires         which codec activations take on each way of a client's routes
 client        the public face for those who use a swarm

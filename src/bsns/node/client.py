@@ -21,6 +21,7 @@ from bsns.client.generate import Generator, Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.speculation import Guesser, Lookup
+from bsns.client.tracing import Tracer
 from bsns.core.blocks import BlockRange, missing_blocks
 from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.ids import PeerId
@@ -58,6 +59,7 @@ class Client:
         speculate: bool = True,
         draft: str | None = None,
         keep_sessions: int = 16,
+        tracer: Tracer | None = None,
     ) -> None:
         """`dtype="auto"` takes what the nodes compute in; `deadline_s` bounds every wait for the swarm.
 
@@ -71,9 +73,9 @@ class Client:
         the numbers as they are on others. Raises BadOption.
 
         `speculate`: guesses at the next tokens are checked along with each, where that saves time (client.speculation);
-                answers are the same. `draft` names a small model with the same tokens, which guesses in this process
+        answers are the same. `draft` names a small model with the same tokens, which guesses in this process
         (node.draft). `keep_sessions`: what nodes hold of so many answers stays there, as long as there is room,
-        for prompts that go on where they ended.
+        for prompts that go on where they ended. `tracer` is told of every answer (client.tracing).
         """
         self._invite = invite
         self._model = model
@@ -90,6 +92,7 @@ class Client:
         self._speculate = speculate
         self._draft = draft
         self._keep_sessions = keep_sessions
+        self._tracer = tracer
         self._measuring: asyncio.Task[None] | None = None
         self._peer: Peer | None = None
         self._owns_peer = True
@@ -250,6 +253,7 @@ class Client:
             guesser=guesser,
             keep_sessions=self._keep_sessions,
             claim=view.claim,
+            tracer=self._tracer,
         )
         self._measuring = asyncio.create_task(wires.run())
 

@@ -48,6 +48,8 @@ class _Node:
     process: Process
     id: PeerId | None = None
     invite: str | None = None
+    metrics: str | None = None
+    """Where Prometheus reads its metrics."""
     let_go: bool = False
 
 
@@ -66,6 +68,7 @@ class LocalSwarm:
         quant: str = "none",
         kv: str = "none",
         movable: bool = False,
+        metrics: bool = False,
         homes: Sequence[Home] = (),
         own_home: Home | None = None,
         founder: Sequence[str] | None = None,
@@ -76,6 +79,8 @@ class LocalSwarm:
         A movable node may be given hardly more than its share of the blocks, so that the swarm stays one of many nodes:
         they are processes of one machine, and whatever a planner thinks, all of them together are no faster than it.
 
+        `metrics`: whether Prometheus may read each node's, on a free port of this machine only.
+
         `founder`: words of `bsns serve` for a process of its own that founds the swarm, as the first node; otherwise
         this process does. `homes`: of the nodes, where they do not live beside us; `own_home`: ours.
         """
@@ -83,6 +88,8 @@ class LocalSwarm:
         self._ranges = ranges
         self._arguments = ["--dtype", dtype, "--device", device, "--threads", str(threads)]
         self._arguments += ["--executor", executor, "--quant", quant, "--kv", kv]
+        if metrics:
+            self._arguments += ["--metrics", "127.0.0.1:0"]
         self._threads = threads
         self._movable = movable
         self._homes = homes
@@ -111,6 +118,10 @@ class LocalSwarm:
     def blocks(self, number: int) -> BlockRange:
         """What a node began with."""
         return self._nodes[number].blocks
+
+    def metrics(self) -> list[str]:
+        """Where Prometheus reads the nodes' metrics."""
+        return [node.metrics for node in self._nodes if node.metrics is not None and not node.let_go]
 
     def invite_of(self, number: int) -> str:
         """The invite by which others join through this node."""
@@ -230,8 +241,8 @@ class LocalSwarm:
         assert node.process.stdout is not None
         while line := await node.process.stdout.readline():
             match _event(line):
-                case {"event": "serving", "id": str(peer), "invite": str(invite)}:
-                    node.id, node.invite = PeerId(peer), invite
+                case {"event": "serving", "id": str(peer), "invite": str(invite)} as said:
+                    node.id, node.invite, node.metrics = PeerId(peer), invite, said.get("metrics")
                     self._told(number, f"blocks {node.blocks}: serving")
                     return
                 case {"event": "error", "code": str(code), "message": str(message)}:

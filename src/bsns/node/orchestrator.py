@@ -129,6 +129,11 @@ class Orchestrator:
         self._trouble = ""
 
     @property
+    def acts(self) -> bool:
+        """Whether the office is ours, and what we order holds."""
+        return self.election.acts(self._clock())
+
+    @property
     def plan(self) -> PlanRecord | None:
         """The plan in force: that of whoever holds the lease now."""
         plan, holder = self._reign.plan, self.election.holder(self._clock())

@@ -51,6 +51,7 @@ from bsns.worker.faults import FaultyWorker, worker_class
 from bsns.worker.service import Worker
 from bsns.worker.sessions import SessionTable
 from bsns.worker.throttle import throttled
+from bsns.worker.tracing import StageTracer
 
 __all__ = ["ServeOptions", "Server", "rss_bytes"]
 
@@ -91,7 +92,14 @@ class Server:
             self._tasks.append(asyncio.create_task(self.prober.run()))
 
     @classmethod
-    async def start(cls, peer: Peer, source: ModelSource, options: ServeOptions, told: Told = lambda _: None) -> Server:
+    async def start(
+        cls,
+        peer: Peer,
+        source: ModelSource,
+        options: ServeOptions,
+        told: Told = lambda _: None,
+        tracer: StageTracer | None = None,
+    ) -> Server:
         """Choose a range, load it and serve it. Raises UserError for what the options make impossible."""
         device, objective = choose_device(options.device), Objective.named(options.objective)
         threads = options.threads or default_threads()
@@ -179,6 +187,7 @@ class Server:
             block_time_s=calibration.block_time_s,
             rss_bytes=rss_bytes,
             memory=room.in_use,
+            tracer=tracer,
         )
         if isinstance(worker, FaultyWorker):
             worker.heed_signals()

@@ -59,6 +59,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     waits: bool = False
     """Whether the client stands in line if there is no room: who does so and asks again gets room before who comes
     later."""
+    trace: str = ""
+    """The client's span (a W3C traceparent), below which the stage may put its own; empty: it traces nothing."""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
@@ -194,6 +196,8 @@ class Resize(msgspec.Struct, frozen=True, tag="resize"):
     keep: int
     """How many of the first tokens still stand: the rest is forgotten, in caches and journals."""
     parked: bool = False
+    trace: str = ""
+    """As in `Open`: the client's span from now on."""
 
 
 class Resized(msgspec.Struct, frozen=True, tag="resized"):

@@ -13,5 +13,7 @@ faults           a worker that fails on demand, for tests and benchmarks of surv
 journal          what a session has sent on, for a replay (pure)
 replays          journals on their way to a new next stage, or along to a spare
 relay            streams to the next stages
+tracing          the port to whoever traces what a stage does for each session
+tally            what it has done so far, in figures
 service          the conversation with clients and neighbours
 """

@@ -31,6 +31,9 @@ class Line:
     def __init__(self) -> None:
         self._waiting: dict[PeerId, _Waiting] = {}
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
     def ahead_of(self, client: PeerId, now_s: float) -> tuple[int, int]:
         """How many clients come before this one, and how many tokens they want together."""
         self._waiting = {peer: held for peer, held in self._waiting.items() if now_s - held.asked_s <= WAITS_S}

@@ -12,6 +12,7 @@ from bsns.protocol.codecs import coded
 from bsns.protocol.inference import Part, Step
 from bsns.worker.relay import Relay
 from bsns.worker.sessions import Session
+from bsns.worker.tally import Tally
 
 MAX_REWINDS = 64
 """How often a replay goes back to what was computed anew: a session's stages may be in repair at several places."""
@@ -47,13 +48,16 @@ class Replays:
     A mirror waits where its peer does not keep up: what is to come stays in the journal, and nothing piles up.
     """
 
-    def __init__(self, relay: Relay, spawn: Spawn, report: Report, *, dtype: str, hidden_size: int) -> None:
+    def __init__(
+        self, relay: Relay, spawn: Spawn, report: Report, *, dtype: str, hidden_size: int, tally: Tally
+    ) -> None:
         """`report` is told of a peer that could not be sent any more."""
         self._relay = relay
         self._spawn = spawn
         self._report = report
         self._dtype = dtype
         self._hidden_size = hidden_size
+        self._tally = tally
         self._onward: dict[SessionId, Replay] = {}
         self._mirrors: dict[SessionId, Replay] = {}
 
@@ -164,7 +168,9 @@ class Replays:
                 replay.position += part.rows
                 tensors = (coded("hidden", self._dtype, (part.rows, self._hidden_size), session.gives),)
                 await self._relay.send(replay.peer, Step((part,), tensors), [rows])
+                self._tally.sent_bytes[session.gives] += len(rows)
             if replay.onward:
+                self._tally.replays += 1
                 return
             await replay.written.wait()
 

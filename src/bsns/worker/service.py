@@ -55,6 +55,8 @@ from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
 from bsns.worker.replays import Answer, Replays
 from bsns.worker.sessions import Session, SessionTable
+from bsns.worker.tally import Tally
+from bsns.worker.tracing import StageTrace, StageTracer
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +93,7 @@ class Worker:
         memory: Callable[[SessionTable], MemoryUse] = lambda _: MemoryUse(),
         clock: Clock = MACHINE_CLOCK,
         short_s: float = SHORT_S,
+        tracer: StageTracer | None = None,
     ) -> None:
         """`memory` reckons what the weights and caches take; batches expected to take less than `short_s` are run on
         the event loop."""
@@ -106,18 +109,24 @@ class Worker:
         self._clients: dict[PeerId, Stream] = {}
         self._opened_on: dict[SessionId, Stream] = {}
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
+        self.tally = Tally()
         self._replays = Replays(
-            self._relay, self._spawn, self._report_about, dtype=self._dtype, hidden_size=self._hidden_size
+            self._relay,
+            self._spawn,
+            self._report_about,
+            dtype=self._dtype,
+            hidden_size=self._hidden_size,
+            tally=self.tally,
         )
         self._rss_bytes, self._memory = rss_bytes, memory
         self._now_s = clock.now_s
         self._short_s = short_s
+        self._tracer = tracer
+        self._traces: dict[SessionId, StageTrace] = {}
         self._probes = ProbeLimiter()
         self._worked_s = -math.inf
         self._measured_s = self._now_s()
         self.block_time_s = block_time_s
-        self.steps = 0
-        self.rows = 0
         self._loop = asyncio.get_running_loop()
         self._spawn(self._sweep())
 
@@ -153,6 +162,27 @@ class Worker:
         self._block_times_s = deque([seconds] * (MEASURED // 2 + 1), maxlen=MEASURED)
         self._median_s = seconds
 
+    @property
+    def steps(self) -> int:
+        return self.tally.steps
+
+    @property
+    def rows(self) -> int:
+        return self.tally.rows
+
+    @property
+    def waiting_steps(self) -> int:
+        return len(self._batcher)
+
+    @property
+    def replays(self) -> int:
+        """Replays and mirrors that are under way."""
+        return len(self._replays)
+
+    @property
+    def memory(self) -> MemoryUse:
+        return self._memory(self.sessions)
+
     def description(self) -> Description:
         return Description(
             start=self._blocks.start,
@@ -164,7 +194,7 @@ class Worker:
             rss_bytes=self._rss_bytes(),
             steps=self.steps,
             rows=self.rows,
-            memory=self._memory(self.sessions),
+            memory=self.memory,
         )
 
     def take_on(self, executor: Executor) -> None:
@@ -203,6 +233,8 @@ class Worker:
         self._closed = True
         for task in list(self._tasks):
             task.cancel()
+        for session in list(self._traces):
+            self._end_trace(session)
         await self._relay.close()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
@@ -257,10 +289,20 @@ class Worker:
         try:
             session = self.sessions.open(message, stream.peer, self._now_s())
         except BsnsError as error:
+            self.tally.refused[error.code] += 1
             self._report(stream, message.session, error)
             return
+        log.info(
+            "opened a session",
+            session=str(session.id),
+            client=stream.peer,
+            blocks=str(session.blocks),
+            tokens=session.max_tokens,
+            next=session.next,
+        )
         self._clients[stream.peer] = stream
         self._opened_on[session.id] = stream
+        self._trace(session, message.trace)
         assert session.held is not None
         executor = self._executors[session.held]
         if executor.device != "cpu":
@@ -292,8 +334,11 @@ class Worker:
             session = self.sessions.get(message.session)
             if session is not None and session.journal is not None:
                 session.journal.cut(message.keep)
+            self._end_trace(message.session)
             if message.parked:
                 self._replays.end(message.session)
+            elif session is not None:
+                self._trace(session, message.trace)
         self._post(stream, resized)
 
     def _reroute(self, stream: Stream, message: Reroute) -> None:
@@ -379,6 +424,7 @@ class Worker:
             if len(accepted) < len(message.parts):  # what was refused shall not stay in memory with what was not
                 work.hidden = bytes(work.hidden)
             self._batcher.add(work)
+        self.tally.received_bytes[codec] += message.tensors[0].nbytes
         self._loop.call_soon(self._compute)  # not now: frames that lie ready beside this one join its batch
 
     def _take_measured(self, times_s: Sequence[float]) -> None:
@@ -419,7 +465,8 @@ class Worker:
         try:
             return run_coded(executor, batch)
         except Exception as error:
-            log.exception("a batch failed", rows=batch.rows)
+            sessions = [str(work.part.session) for work in batch.works]
+            log.exception("a batch failed", rows=batch.rows, sessions=sessions)
             return error
 
     def _finish(self, batch: Batch, outputs: Outputs | Exception, finished_s: float) -> None:
@@ -468,10 +515,12 @@ class Worker:
         for (forward, peer, codec), members in groups.items():
             self._pass_on(forward, peer, codec, members, computed)
         # now that the step is on its way
-        rows = batch.rows
-        self.steps += 1
-        self.rows += rows
-        if rows == len(batch.works) == 1:
+        self.tally.computed(batch, finished_s - started_s)
+        if self._traces:
+            for work in batch.works:
+                if (trace := self._traces.get(work.part.session)) is not None:
+                    trace.step(batch, work, finished_s)
+        if batch.rows == len(batch.works) == 1:
             self._note_times([(finished_s - started_s) / len(batch.blocks)])
 
     def _pass_on(
@@ -505,9 +554,13 @@ class Worker:
         except BsnsError as error:
             for session in sessions:
                 self._report(self._clients.get(session.client), session.id, error)
+        self.tally.sent_bytes[codec] += tensors[0].nbytes
+        for work, _ in members:
+            self.tally.hop_s.add(sent_s - work.arrived_s)
 
     def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
         """Tell a client that its session failed."""
+        log.info("a session failed", session=str(session), code=error.code, reason=error.message, about=error.peer)
         self._post(stream, Failure(session, error.code, error.message, error.peer))
 
     def _report_about(self, session: Session, error: BsnsError) -> None:
@@ -520,7 +573,9 @@ class Worker:
         try:
             stream.post(message, buffers)
         except PeerLost as lost:
-            log.info("nobody there to hear", peer=stream.peer, message=type(message).__name__, reason=lost.message)
+            about = {"session": str(session)} if (session := getattr(message, "session", None)) is not None else {}
+            what = type(message).__name__
+            log.info("nobody there to hear", peer=stream.peer, message=what, reason=lost.message, **about)
 
     def _on_next_failure(self, peer: PeerId, failure: Failure) -> None:
         """Tell a session's client that the next stage, or the spare for it, no longer has it; the stream's other
@@ -554,11 +609,21 @@ class Worker:
         return self._clients.get(held.client, sender)
 
     def _free(self, session: SessionId) -> None:
+        log.info("a session has ended", session=str(session))
         self._opened_on.pop(session, None)
+        self._end_trace(session)
         self._replays.end(session)
         self._batcher.drop(session)
         for executor in self._executors.values():
             executor.close(session)
+
+    def _trace(self, session: Session, parent: str) -> None:
+        if self._tracer is not None:
+            self._traces[session.id] = self._tracer.begin(session, session.client, parent)
+
+    def _end_trace(self, session: SessionId) -> None:
+        if (trace := self._traces.pop(session, None)) is not None:
+            trace.end()
 
     async def _sweep(self) -> None:
         while True:

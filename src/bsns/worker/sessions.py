@@ -98,6 +98,16 @@ class SessionTable:
         return len(self._sessions) - len(self._parked)
 
     @property
+    def parked(self) -> int:
+        """How many sessions there are beside those that run."""
+        return len(self._parked)
+
+    @property
+    def waiting_clients(self) -> int:
+        """How many clients stood in line for room when one asked last."""
+        return len(self._line)
+
+    @property
     def ranges(self) -> tuple[BlockRange, ...]:
         """Every range that sessions run on, the one that new ones prefer first."""
         return tuple(self._ranges)

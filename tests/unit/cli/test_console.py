@@ -17,7 +17,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from bsns.cli import console
+from bsns.cli import console, logs
 from bsns.core.errors import BadOption, MissingBlocks, NotAMember
 
 
@@ -209,9 +209,9 @@ def test_a_level_is_one_of_loggings_or_the_usual(monkeypatch: pytest.MonkeyPatch
     """BASIC_FORMAT is a name in logging, too, but of no level."""
     taken: list[int] = []
     monkeypatch.setenv("BSNS_LOG", named)
-    monkeypatch.setattr(console.structlog, "configure", lambda **_: None)
-    monkeypatch.setattr(console.structlog, "make_filtering_bound_logger", taken.append)
-    console._quiet_logs()
+    monkeypatch.setattr(logs.structlog, "configure", lambda **_: None)
+    monkeypatch.setattr(logs.structlog, "make_filtering_bound_logger", taken.append)
+    logs.log_to_stderr()
     assert taken == [level]
 
 

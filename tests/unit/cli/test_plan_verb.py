@@ -54,7 +54,7 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     monkeypatch.delenv("BSNS_INVITE", raising=False)
-    monkeypatch.setattr(console, "_quiet_logs", lambda: None)  # it is for a process of its own: others log here
+    monkeypatch.setattr(console, "log_to_stderr", lambda **_: None)  # it is for a process of its own: others log here
     heeded = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield Desk(tmp_path, capsys, monkeypatch)
     for signum, handler in heeded.items():

@@ -140,6 +140,11 @@ async def test_models_and_probes(http: httpx.AsyncClient, engine: ScriptedEngine
     assert 'bsns_gateway_requests_total{endpoint="/v1/chat/completions",status="200"} 1.0' in told
     assert "bsns_gateway_repairs_total 3.0" in told
     assert "bsns_gateway_answers_under_way 0.0" in told
+    assert "bsns_gateway_answers_waiting 2.0" in told
+    assert "bsns_gateway_guessed_tokens_total 8.0" in told
+    assert "bsns_gateway_right_guesses_total 5.0" in told
+    assert "bsns_gateway_cached_prompt_tokens_total 0.0" in told
+    assert 'bsns_gateway_sent_bytes_total{codec="int8"} 640.0' in told
     assert "bsns_gateway_time_to_first_token_seconds_count 1.0" in told
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import structlog
 from memory_swarm import until
 from scripted_engine import ScriptedEngine, chat, client_of
 
+from bsns.cli.logs import log_to_stderr
 from bsns.core.errors import BadOption
 from bsns.gateway.grammar import Grammars
 from bsns.gateway.keys import KeyRing, add_key, read_keys, remove_key
 from bsns.gateway.limits import Allowance
-from bsns.gateway.logs import log_requests
 from bsns.gateway.settings import Settings
 
 
@@ -158,7 +159,7 @@ async def test_logs_hold_no_secret(
 ) -> None:
     word = add_key(file, "ann")
     before = structlog.get_config()
-    log_requests(as_json=False)
+    log_to_stderr(logging.INFO)
     try:
         async with client_of(engine, grammars, Settings(KeyRing(file))) as http:
             body = chat(messages=[{"role": "user", "content": "my private question"}], temperature=-1)
