@@ -12,6 +12,7 @@ from bsns.client.generate import Piece, Stats
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.gateway.engine import Engine
 from bsns.gateway.metrics import Metrics
+from bsns.gateway.running import RunningAnswers
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Answers:
     usage: Usage
     tenant: str
     """Whose they are."""
+    running: RunningAnswers
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Each choice's next piece, by its number. A reader that waits holds them all up; closing this frees them.
@@ -76,7 +78,7 @@ class Answers:
         waited = metrics.first_token_s
         stats = Stats()
         pieces = self.engine.stream(ask.tokens, ask.options, stats, ask.constraint, self.tenant)
-        with metrics.under_way.track_inprogress():
+        with metrics.under_way.track_inprogress(), self.running.under_way(self.tenant, stats):
             async with contextlib.aclosing(pieces):
                 async for piece in pieces:
                     now_s = time.monotonic()

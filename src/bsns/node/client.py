@@ -160,9 +160,9 @@ class Client:
         """Choose these again, whether they failed lately or not."""
         self.view.forgive(peers)
 
-    async def status(self) -> list[NodeStatus]:
-        """Every node that serves the model, as announced and as it answers now."""
-        return await self.view.status(self.generator.links)
+    async def status(self, deadline_s: float | None = None) -> list[NodeStatus]:
+        """Every node that serves the model, as announced and as it answers now, if it does within `deadline_s`."""
+        return await self.view.status(self.generator.links, deadline_s)
 
     @property
     def generator(self) -> Generator:

@@ -164,6 +164,7 @@ class Worker:
             steps=self.steps,
             rows=self.rows,
             memory=self._memory(self.sessions),
+            waiting=len(self._batcher),
         )
 
     def take_on(self, executor: Executor) -> None:
