@@ -34,9 +34,9 @@ def take(browser: Browser, url: str, name: str, scheme: str, width: int, height:
     page.locator("#chat-text").fill(QUESTION)
     page.locator("#chat-text").press("Enter")
     page.locator("#graph .route").first.wait_for(timeout=60_000)
-    page.wait_for_timeout(12_000)
-    page.evaluate("document.activeElement.blur()")
-    page.screenshot(path=HERE / name, full_page=True)
+    page.wait_for_timeout(6_000)
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    page.screenshot(path=HERE / name, full_page=not phone)
     page.close()
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         take(browser, url, "dashboard-desktop-light.png", "light", 1360, 900, phone=False)
-        take(browser, url, "dashboard-phone-dark.png", "dark", 360, 780, phone=True)
+        take(browser, url, "dashboard-phone-dark.png", "dark", 360, 1120, phone=True)
         browser.close()
 
 

@@ -275,10 +275,14 @@ class Lookout:
         order = sorted(
             self._known.items(), key=lambda item: (item[1].status.record.start, item[1].status.record.end, item[0])
         )
-        nodes = [_node(names[peer], known, unix_s - (now_s - known.answered_s)) for peer, known in order[:MOST_NODES]]
+        ways = dict(self._ways(seen))
+        nodes = [
+            _node(names[peer], known, ways.get(peer), unix_s - (now_s - known.answered_s))
+            for peer, known in order[:MOST_NODES]
+        ]
         shown = {peer for peer, _ in order[:MOST_NODES]}
         links = [_link(names[a], names[b], link) for (a, b), link in seen.links.items() if {a, b} <= shown]
-        links += [_link(GATEWAY, names[peer], link) for peer, link in self._ways(seen) if peer in shown]
+        links += [_link(GATEWAY, names[peer], link) for peer, link in ways.items() if peer in shown]
         links.sort(key=lambda link: link.round_trip_ms)
         serving = [
             known.status.record.blocks for known in self._known.values() if known.condition in ("serving", "silent")
@@ -333,9 +337,8 @@ def _condition(status: NodeStatus) -> NodeCondition:
             return "serving"
 
 
-def _node(name: str, known: _Known, answered_s: float) -> NodeState:
+def _node(name: str, known: _Known, way: Link | None, answered_s: float) -> NodeState:
     record, now = known.status.record, known.status.now
-    trip_s = known.status.round_trip_s
     return NodeState(
         name=name,
         blocks=[_ends(blocks) for blocks in record.ranges],
@@ -351,7 +354,7 @@ def _node(name: str, known: _Known, answered_s: float) -> NodeState:
         waiting=now.waiting if now is not None else 0,
         rows_per_s=round(known.rows_per_s, 1),
         block_time_ms=round((now.block_time_s if now is not None else record.block_time_s) * 1e3, 4),
-        round_trip_ms=None if trip_s is None else round(trip_s * 1e3, 3),
+        round_trip_ms=None if way is None else round(way.round_trip_s * 1e3, 3),
         resident_bytes=now.rss_bytes if now is not None else record.rss_bytes,
     )
 

@@ -5,7 +5,7 @@ import { at, digits, el, svg } from "./dom.js";
 const WIDTH = 360;
 const LEFT = 4;
 const RIGHT = 4;
-const MOST_HEIGHT = 150;
+const MOST_HEIGHT = 170;
 
 export function showShape(shape) {
   if (!shape) {
@@ -23,7 +23,7 @@ function picture(shape) {
   const bars = [...shape.clusters.map((bar) => ["h0", bar]), ...shape.loops.map((bar) => ["h1", bar])];
   const ends = bars.flatMap(([, bar]) => bar).filter((value) => value !== null);
   const longest = Math.max(...ends, 0) || 1;
-  const step = Math.max(1.5, Math.min(14, MOST_HEIGHT / bars.length));
+  const step = Math.max(1.5, Math.min(18, MOST_HEIGHT / bars.length));
   const height = step * bars.length;
   const x = (value) => LEFT + ((WIDTH - LEFT - RIGHT) * value) / (longest * 1.08);
   const lines = bars.map(([kind, [born, died]], row) =>

@@ -26,6 +26,7 @@ export const several = (number, noun) => `${count(number)} ${noun}${number === 1
 
 /** Three digits at most. */
 export function digits(value) {
+  if (value === 0) return "0";
   if (value >= 100) return Math.round(value).toLocaleString("en");
   return value.toFixed(value >= 10 ? 1 : 2);
 }

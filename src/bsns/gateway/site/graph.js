@@ -5,13 +5,14 @@ import { bandwidth, blocks, ms, svg } from "./dom.js";
 const GATEWAY = "gateway";
 const SIZES = [
   // up to so many on the ring, so large are their cards
-  { most: 9, width: 96, height: 50, name: true },
+  { most: 9, width: 100, height: 50, name: true },
   { most: 16, width: 54, height: 28, name: false },
   { most: Infinity, width: 12, height: 12, name: false },
 ];
 const PAD = 3;
 const PLACES = [0.5, 0.42, 0.58, 0.34, 0.66]; // along a link, where its label may stand
-const LABEL = { width: 62, height: 27 };
+const LABEL = { width: 64, height: 28 };
+const NARROW = 520; // there the ring is pressed outwards, so that cards side by side leave room for a label
 
 export class Graph {
   constructor(picture) {
@@ -48,7 +49,8 @@ export class Graph {
     this.places = new Map(
       names.map((name, i) => {
         const angle = (2 * Math.PI * i) / names.length - Math.PI / 2;
-        return [name, [width / 2 + rx * Math.cos(angle), height / 2 + ry * Math.sin(angle)]];
+        const across = Math.sign(Math.cos(angle)) * Math.abs(Math.cos(angle)) ** (width < NARROW ? 0.5 : 0.9);
+        return [name, [width / 2 + rx * across, height / 2 + ry * Math.sin(angle)]];
       }),
     );
     this.names = names;
@@ -110,7 +112,7 @@ export class Graph {
     ];
     if (size.most !== Infinity) {
       const y = node && size.name ? 20 : height / 2 + 5;
-      parts.push(svg("text", { class: "title", x: middle, y: condition === "lost" ? y - 1 : y }, fitting(title, width)));
+      parts.push(svg("text", { class: title.length > 8 ? "title long" : "title", x: middle, y }, fitting(title, Math.floor(width / 7.2))));
       const under = condition === "lost" ? "lost" : name;
       if (node && size.name) parts.push(svg("text", { class: "name", x: middle, y: 36 }, under));
     }
@@ -162,6 +164,8 @@ export class Graph {
       taken.push(box(spot, LABEL));
       const wide = bandwidth(link.mb_per_s);
       const [x, y] = spot;
+      const tall = wide ? LABEL.height : 16;
+      texts.push(svg("rect", { x: x - LABEL.width / 2, y: y - tall / 2, width: LABEL.width, height: tall, rx: 5 }));
       texts.push(svg("text", { x, y: wide ? y - 2 : y + 4 }, ms(link.round_trip_ms)));
       if (wide) texts.push(svg("text", { class: "second", x, y: y + 11 }, wide));
     }
@@ -196,7 +200,7 @@ const pair = (a, b) => (a < b ? `${a} ${b}` : `${b} ${a}`);
 const line = ([ax, ay], [bx, by]) => `M${ax} ${ay}L${bx} ${by}`;
 const box = ([x, y], { width, height }) => [x - width / 2, y - height / 2, x + width / 2, y + height / 2];
 const overlap = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
-const fitting = (text, width) => (text.length * 8 > width - 8 ? `${text.slice(0, Math.floor(width / 8) - 2)}…` : text);
+const fitting = (text, letters) => (text.length > letters ? `${text.slice(0, letters - 1)}…` : text);
 
 /** Where a way enters the card it leads to. */
 function arrow([ax, ay], [bx, by], size) {

@@ -1,6 +1,6 @@
 // The page's conductor: reads the stream of states and hands each part to whoever shows it.
 
-import { at, digits, say, several, blocks } from "./dom.js";
+import { at, blocks, say, several } from "./dom.js";
 import { Chat } from "./chat.js";
 import { Graph } from "./graph.js";
 import { showHappened, showLinks, showNodes, showPlan, spark } from "./panels.js";
@@ -22,7 +22,7 @@ const parts = {
     document.title = `${state.model} – BSNS`;
     say(at("model"), state.model);
     const here = state.nodes.filter((node) => node.condition === "serving").length;
-    say(at("figure-rate"), digits(state.tokens_per_s));
+    say(at("figure-rate"), state.tokens_per_s.toFixed(1));
     say(at("figure-answers"), state.answers);
     say(at("figure-nodes"), `${here} of ${state.nodes.length + state.nodes_not_shown}`);
     say(at("figure-repairs"), state.repairs);
@@ -58,7 +58,7 @@ function chosen() {
 
 function offerSessions() {
   const select = at("session");
-  const options = [["newest", "the newest answer"], ["none", "nobody"]];
+  const options = [["newest", "newest answer"], ["none", "none"]];
   for (const session of sessions) {
     if (session.route) options.push([session.id, `answer ${session.id}`]);
   }

@@ -3,6 +3,8 @@
 import { at, bandwidth, blocks, count, digits, el, gauge, ms, say, several, span, svg } from "./dom.js";
 
 const QUEUE = 16; // steps that fill the gauge
+const OPEN = "Other layouts";
+const WIDE = matchMedia("(min-width: 1001px)");
 
 export function spark(picture, history) {
   const top = Math.max(...history, 1);
@@ -79,7 +81,7 @@ export function showPlan(plan) {
     return;
   }
   const gap = 100 * plan.gap;
-  say(at("plan-gap"), gap < 0.01 ? "proven best" : `gap ${digits(gap)} %`);
+  say(at("plan-gap"), gap < 0.01 ? "proven best" : `gap ${gap.toFixed(1)} %`);
   const stages = plan.stages.map((stage) => {
     const more = stage.nodes.length > 1 ? ` +${stage.nodes.length - 1}` : "";
     const part = el(
@@ -108,15 +110,15 @@ export function showPlan(plan) {
   place.replaceChildren(
     el("ol", { class: "stages", role: "list", "aria-label": "Stages of the plan" }, ...stages),
     list([`Predicted: ${plan.speeds}`, plan.proof, ...plan.advice, ...reasons]),
-    ...(others.length ? [more("Other layouts", el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...others))))] : []),
+    ...(others.length ? [more(OPEN, el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...others))))] : []),
     ...(plan.assumptions.length ? [more("Assumed", list(plan.assumptions))] : []),
   );
 }
 
-/** Whether the reader has opened a part, which drawing it again shall not close. */
+/** Whether a part is open: as the reader has left it, or, where there is room for it, from the beginning. */
 function open(place, title) {
-  const found = [...place.querySelectorAll("details[open] > summary")].some((summary) => summary.textContent === title);
-  return found ? "" : null;
+  const known = [...place.querySelectorAll("details")].find((part) => part.firstChild.textContent === title);
+  return (known ? known.open : title === OPEN && WIDE.matches) ? "" : null;
 }
 
 let told = 0;
