@@ -45,7 +45,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         take(browser, url, "dashboard-desktop-light.png", "light", 1360, 900, phone=False)
-        take(browser, url, "dashboard-phone-dark.png", "dark", 360, 1120, phone=True)
+        take(browser, url, "dashboard-phone-dark.png", "dark", 360, 1150, phone=True)
         browser.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from itertools import takewhile
@@ -33,7 +34,7 @@ _FIELD = re.compile(r"[a-z_]\w*|\d+")
 
 
 def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAPI:
-    """An ASGI application that answers with this engine."""
+    """An ASGI application that answers with this engine. Its server sets `state.closing` when it is to end."""
     metrics, limits, created = Metrics(lambda: engine.repairs), Limits(), int(time.time())
     app = FastAPI(
         title="BSNS gateway",
@@ -44,7 +45,8 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
     )
     running, files = RunningAnswers(), page_files()
     desk = Desk(engine, grammars, metrics, limits, settings, running)
-    Dashboard(Lookout(engine, running), settings).install(app, files)
+    app.state.closing = asyncio.Event()
+    Dashboard(Lookout(engine, running), settings, app.state.closing).install(app, files)
     model = {"id": engine.name, "object": "model", "created": created, "owned_by": "bsns"}
 
     @app.get("/health")

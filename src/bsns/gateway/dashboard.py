@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -30,8 +31,9 @@ STREAM_LOOKS = 120
 class Dashboard:
     """Serves what the lookout sees."""
 
-    def __init__(self, lookout: Lookout, settings: Settings) -> None:
-        self._lookout, self._settings = lookout, settings
+    def __init__(self, lookout: Lookout, settings: Settings, closing: asyncio.Event) -> None:
+        """`closing` is set when the gateway ends: whoever only watches shall not hold it up."""
+        self._lookout, self._settings, self._closing = lookout, settings, closing
         self._streams: Counter[str] = Counter()
 
     def install(self, app: FastAPI, files: Mapping[str, PageFile]) -> None:
@@ -66,6 +68,8 @@ class Dashboard:
                     if last.get(name) != text:
                         last[name] = text
                         yield {"event": name, "data": text}
+                if self._closing.is_set():
+                    return
                 sight = await self._lookout.sight(sight.number)
         except BsnsError as error:
             log.warning("the dashboard cannot see the swarm", code=error.code, why=error.message)

@@ -77,6 +77,7 @@ class Listener:
             await asyncio.shield(serving)
         except asyncio.CancelledError:
             server.should_exit = True
+            app.state.closing.set()
             await serving
             raise
 

@@ -272,7 +272,7 @@ async def test_a_key_is_wanted_where_there_are_some(keyed: tuple[httpx.AsyncClie
 
 async def test_watchers_are_bounded_and_their_places_come_back(engine: ScriptedEngine, tmp_path: Path) -> None:
     add_key(tmp_path / "keys.json", "ann")
-    watching = Dashboard(Lookout(engine, RunningAnswers()), Settings(KeyRing(tmp_path / "keys.json")))
+    watching = Dashboard(Lookout(engine, RunningAnswers()), Settings(KeyRing(tmp_path / "keys.json")), asyncio.Event())
     with contextlib.ExitStack() as stack:
         for _ in range(MOST_OF_A_KEY):
             stack.enter_context(watching._place("ann"))
@@ -287,7 +287,7 @@ async def test_the_stream_tells_what_changed(engine: ScriptedEngine, monkeypatch
     monkeypatch.setattr(dashboard, "STREAM_LOOKS", 3)
     show(engine, [node_status("nodeA", BlockRange(0, 4))])
     lookout = Lookout(engine, RunningAnswers(), every_s=0.01, solve_every_s=60.0)
-    events = [event async for event in Dashboard(lookout, Settings())._events(ALL)]
+    events = [event async for event in Dashboard(lookout, Settings(), asyncio.Event())._events(ALL)]
     names = [event["event"] for event in events]
     assert names[:3] == ["swarm", "sessions", "happened"]
     assert names.count("happened") == 1

@@ -1,6 +1,7 @@
 // Elements, and figures as people read them. All text becomes text nodes: what nodes say of themselves is no markup.
 
 const SVG = "http://www.w3.org/2000/svg";
+const KEPT = new Set(["open", "style"]); // as attributes: styles go by their own interface, as the policy wants it
 
 function filled(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
@@ -20,6 +21,25 @@ export function say(element, text) {
   if (element.textContent !== String(text)) element.textContent = text;
 }
 
+/** Make a place's children like these, and keep what is there: who reads, points or has opened something is not disturbed. */
+export function morph(place, children) {
+  children.forEach((fresh, i) => {
+    const old = place.childNodes[i];
+    if (!old) place.append(fresh);
+    else if (old.nodeName !== fresh.nodeName) old.replaceWith(fresh);
+    else if (fresh.nodeType === Node.TEXT_NODE) say(old, fresh.data);
+    else {
+      for (const { name } of [...old.attributes]) if (!KEPT.has(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
+      for (const { name, value } of fresh.attributes) {
+        if (!KEPT.has(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
+      }
+      if (old.style.cssText !== fresh.style.cssText) old.style.cssText = fresh.style.cssText;
+      morph(old, [...fresh.childNodes]);
+    }
+  });
+  while (place.childNodes.length > children.length) place.lastChild.remove();
+}
+
 export const blocks = ([start, end]) => `${start}:${end}`;
 export const count = (number) => number.toLocaleString("en");
 export const several = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
@@ -28,7 +48,8 @@ export const several = (number, noun) => `${count(number)} ${noun}${number === 1
 export function digits(value) {
   if (value === 0) return "0";
   if (value >= 100) return Math.round(value).toLocaleString("en");
-  return value.toFixed(value >= 10 ? 1 : 2);
+  if (value >= 10) return value.toFixed(1);
+  return value >= 1 ? value.toFixed(2) : value.toPrecision(2);
 }
 
 export const ms = (value) => (value >= 1000 ? `${digits(value / 1000)} s` : `${digits(value)} ms`);

@@ -1,13 +1,14 @@
 // The live graph: this gateway and the nodes on a ring, in the order of their blocks, as a token meets them.
 
-import { bandwidth, blocks, ms, svg } from "./dom.js";
+import { bandwidth, blocks, morph, ms, svg } from "./dom.js";
 
 const GATEWAY = "gateway";
 const SIZES = [
-  // up to so many on the ring, so large are their cards
-  { most: 9, width: 100, height: 50, name: true },
-  { most: 16, width: 54, height: 28, name: false },
-  { most: Infinity, width: 12, height: 12, name: false },
+  // up to so many on the ring, on a narrow one half as many, so large are their cards
+  { most: 12, width: 100, height: 50, title: true, name: true },
+  { most: 24, width: 60, height: 28, title: true },
+  { most: 80, width: 12, height: 12 },
+  { most: Infinity, width: 7, height: 7 },
 ];
 const PAD = 3;
 const PLACES = [0.5, 0.42, 0.58, 0.34, 0.66]; // along a link, where its label may stand
@@ -42,7 +43,7 @@ export class Graph {
     if (!swarm || !width) return;
     picture.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const names = [GATEWAY, ...swarm.nodes.map((node) => node.name)];
-    const size = SIZES.find(({ most }) => names.length <= most);
+    const size = SIZES.find(({ most }) => names.length <= (width < NARROW ? most / 2 : most));
     this.size = size;
     const rx = Math.min(width / 2 - size.width / 2 - PAD, 330);
     const ry = height / 2 - size.height / 2 - PAD;
@@ -76,7 +77,6 @@ export class Graph {
       card.classList.toggle("on-route", this.route.some((hop) => hop.node === name));
       this.fill(card, name, nodes.get(name), size);
     }
-    this.cards.append(...this.names.map((name) => this.byName.get(name)).filter((card, i) => this.cards.children[i] !== card));
   }
 
   newCard(name) {
@@ -90,6 +90,7 @@ export class Graph {
     card.addEventListener("blur", () => this.hover(null));
     card.addEventListener("click", () => this.pin(name));
     this.byName.set(name, card);
+    this.cards.append(card);
     return card;
   }
 
@@ -108,11 +109,11 @@ export class Graph {
     const parts = [
       svg("title", {}, words),
       svg("rect", { class: "ring", x: -4, y: -4, width: width + 8, height: height + 8, rx: 14 }),
-      svg("rect", { class: "box", width, height, rx: size.most === Infinity ? 6 : 10 }),
+      svg("rect", { class: "box", width, height, rx: size.title ? 10 : 6 }),
     ];
-    if (size.most !== Infinity) {
+    if (size.title) {
       const y = node && size.name ? 20 : height / 2 + 5;
-      parts.push(svg("text", { class: title.length > 8 ? "title long" : "title", x: middle, y }, fitting(title, Math.floor(width / 7.2))));
+      parts.push(svg("text", { class: 9 * title.length > width - 8 ? "title long" : "title", x: middle, y }, fitting(title, Math.floor(width / 7.2))));
       const under = condition === "lost" ? "lost" : name;
       if (node && size.name) parts.push(svg("text", { class: "name", x: middle, y: 36 }, under));
     }
@@ -137,7 +138,7 @@ export class Graph {
       if (!this.places.has(link.a) || !this.places.has(link.b)) continue;
       const touches = chosen === link.a || chosen === link.b;
       const rank = touches ? 0 : onRoute.has(ends) ? 1 : around.has(ends) && !chosen ? 2 : 3;
-      if (!onRoute.has(ends)) {
+      if (!onRoute.has(ends) && (touches || this.size.title)) {
         const kind = touches ? "touched" : chosen ? "dim" : "";
         lines.push([rank, svg("path", { class: `link ${kind}`, d: line(this.places.get(link.a), this.places.get(link.b)) })]);
       }
@@ -148,7 +149,7 @@ export class Graph {
       const [a, b] = [this.places.get(from), this.places.get(to)];
       lines.push([-1, svg("path", { class: "route", d: line(a, b) })], [-2, svg("path", { class: "flow", d: line(a, b) })], [-2, arrow(a, b, this.size)]);
     }
-    this.edges.replaceChildren(...lines.sort(([one], [other]) => other - one).map(([, shape]) => shape));
+    morph(this.edges, lines.sort(([one], [other]) => other - one).map(([, shape]) => shape));
     this.drawLabels(wanted.sort(([one], [other]) => one - other).map(([, link]) => link));
   }
 
@@ -156,7 +157,7 @@ export class Graph {
   drawLabels(links) {
     const taken = this.names.map((name) => box(this.places.get(name), this.size));
     const texts = [];
-    for (const link of this.size.most === Infinity ? [] : links) {
+    for (const link of this.size.title ? links : []) {
       const [a, b] = [this.places.get(link.a), this.places.get(link.b)];
       const spots = PLACES.map((share) => [a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1])]);
       const spot = spots.find((point) => !taken.some((other) => overlap(box(point, LABEL), other)));
@@ -169,7 +170,7 @@ export class Graph {
       texts.push(svg("text", { x, y: wide ? y - 2 : y + 4 }, ms(link.round_trip_ms)));
       if (wide) texts.push(svg("text", { class: "second", x, y: y + 11 }, wide));
     }
-    this.labels.replaceChildren(...texts);
+    morph(this.labels, texts);
   }
 
   hover(name) {

@@ -93,12 +93,12 @@ async function watch() {
   const own = (watching = new AbortController());
   let wait = LEAST_WAIT_MS;
   while (!own.signal.aborted) {
-    let why = "";
+    let why = "The gateway says nothing";
     try {
       for await (const [event, data] of events("/dashboard/events", { signal: own.signal })) {
         wait = LEAST_WAIT_MS;
-        if (event === "trouble") why = data;
-        else parts[event]?.(JSON.parse(data));
+        why = event === "trouble" ? data : "";
+        if (!why) parts[event]?.(JSON.parse(data));
       }
       if (!why) continue; // streams end by themselves by and by
     } catch (error) {

@@ -1,8 +1,9 @@
 // Tables and lists: nodes with their gauges, links, the plan, and what happened.
 
-import { at, bandwidth, blocks, count, digits, el, gauge, ms, say, several, span, svg } from "./dom.js";
+import { at, bandwidth, blocks, count, digits, el, gauge, morph, ms, say, several, span, svg } from "./dom.js";
 
 const QUEUE = 16; // steps that fill the gauge
+const FEW = 3;
 const OPEN = "Other layouts";
 const WIDE = matchMedia("(min-width: 1001px)");
 
@@ -54,7 +55,7 @@ export function showNodes(swarm) {
       cell("Round trip", node.round_trip_ms === null || gone ? "–" : ms(node.round_trip_ms)),
     );
   });
-  at("nodes").tBodies[0].replaceChildren(...rows);
+  morph(at("nodes").tBodies[0], rows);
   say(at("nodes-note"), swarm.nodes_not_shown ? `and ${count(swarm.nodes_not_shown)} more` : "");
 }
 
@@ -70,14 +71,14 @@ export function showLinks(swarm) {
       el("td", {}, `${span(link.age_s)} ago`),
     ),
   );
-  at("links").tBodies[0].replaceChildren(...rows);
+  morph(at("links").tBodies[0], rows);
 }
 
 export function showPlan(plan) {
   const place = at("plan");
   if (plan.trouble !== null) {
     say(at("plan-gap"), "");
-    place.replaceChildren(el("p", { class: "error" }, plan.trouble));
+    morph(place, [el("p", { class: "error" }, plan.trouble)]);
     return;
   }
   const gap = 100 * plan.gap;
@@ -105,20 +106,15 @@ export function showPlan(plan) {
   );
   const heads = ["Instead", "Tokens/s", "Against the plan"].map((text) => el("th", { scope: "col" }, text));
   const list = (lines) => el("ul", { class: "words" }, ...lines.map((line) => el("li", {}, line)));
-  const more = (title, content) => el("details", { open: open(place, title) }, el("summary", {}, title), content);
+  const more = (title, content) => el("details", { open: title === OPEN && WIDE.matches ? "" : null }, el("summary", {}, title), content);
   const reasons = plan.left_out.map((node) => `left out ${node.node}: ${node.reason}`);
-  place.replaceChildren(
+  morph(place, [
     el("ol", { class: "stages", role: "list", "aria-label": "Stages of the plan" }, ...stages),
-    list([`Predicted: ${plan.speeds}`, plan.proof, ...plan.advice, ...reasons]),
+    list([`Predicted: ${plan.speeds}`, plan.proof, ...plan.advice, ...(reasons.length > FEW ? [] : reasons)]),
+    ...(reasons.length > FEW ? [more(`Left out: ${several(reasons.length, "node")}`, list(reasons))] : []),
     ...(others.length ? [more(OPEN, el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...others))))] : []),
     ...(plan.assumptions.length ? [more("Assumed", list(plan.assumptions))] : []),
-  );
-}
-
-/** Whether a part is open: as the reader has left it, or, where there is room for it, from the beginning. */
-function open(place, title) {
-  const known = [...place.querySelectorAll("details")].find((part) => part.firstChild.textContent === title);
-  return (known ? known.open : title === OPEN && WIDE.matches) ? "" : null;
+  ]);
 }
 
 let told = 0;
