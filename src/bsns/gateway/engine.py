@@ -88,7 +88,7 @@ class SwarmEngine:
 
     async def missing(self) -> tuple[BlockRange, ...]:
         here = [node.record for node in await self.nodes() if node.now is not None and node.record.state == "serving"]
-        return missing_blocks((record.blocks for record in here), self.block_count)
+        return missing_blocks((blocks for record in here for blocks in record.ranges), self.block_count)
 
     async def nodes(self) -> Sequence[NodeStatus]:
         """Asks the nodes themselves, for a record outlives its node by a minute; at most every `ANSWERS_FRESH_S`, since

@@ -284,9 +284,8 @@ class Lookout:
         links = [_link(names[a], names[b], link) for (a, b), link in seen.links.items() if {a, b} <= shown]
         links += [_link(GATEWAY, names[peer], link) for peer, link in ways.items() if peer in shown]
         links.sort(key=lambda link: link.round_trip_ms)
-        serving = [
-            known.status.record.blocks for known in self._known.values() if known.condition in ("serving", "silent")
-        ]
+        here = [known for known in self._known.values() if known.condition in ("serving", "silent")]
+        serving = [blocks for known in here for blocks in known.status.record.ranges]
         rate = self._rate(now_s)
         return SwarmState(
             model=self._engine.name,

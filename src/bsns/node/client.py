@@ -249,7 +249,9 @@ class Client:
         records = [record for record in await view.records() if record.state == "serving"]
         gaps: tuple[BlockRange, ...] = (BlockRange(0, self.source.block_count),)
         for dtype in sorted({r.dtype for r in records} if self._dtype == "auto" else {self._dtype}):
-            gaps = missing_blocks((r.blocks for r in records if r.dtype == dtype), self.source.block_count)
+            gaps = missing_blocks(
+                (blocks for r in records if r.dtype == dtype for blocks in r.ranges), self.source.block_count
+            )
             if not gaps:
                 return dtype
         missing = ", ".join(map(str, gaps))

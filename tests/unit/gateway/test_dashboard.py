@@ -7,11 +7,13 @@ import contextlib
 import json
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from memory_swarm import until
 from scripted_engine import ScriptedEngine, chat, client_of, node_status, show
@@ -147,6 +149,14 @@ async def test_a_node_that_leaves_is_not_lost(watched: Watched) -> None:
     sight = await watched.look()
     assert conditions(sight)["nodeD"] == "joining"
     assert told(sight)[-1] == "node nodeD has joined with blocks 2:4"
+
+
+async def test_a_node_that_moves_serves_what_it_held_as_well(watched: Watched) -> None:
+    moving = node_status("nodeA", LOW)
+    record = msgspec.structs.replace(moving.record, others=((2, 4),))
+    show(watched.engine, [replace(moving, record=record)])
+    swarm = (await watched.look()).swarm
+    assert (swarm.nodes[0].blocks, swarm.missing) == ([(0, 2), (2, 4)], [])
 
 
 async def test_rates(watched: Watched) -> None:
