@@ -172,6 +172,7 @@ def test_with_the_keyboard_alone(read: Any) -> None:
     assert page.evaluate("document.activeElement.id") == "chat-stop"
     page.keyboard.press("Enter")
     page.get_by_text("Stopped").wait_for()
+    page.wait_for_function("document.activeElement.id === 'chat-text'")
     page.locator("#session").focus()
     page.keyboard.press("Tab")
     focused = page.locator("#graph .cards g:focus")

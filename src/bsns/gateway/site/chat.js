@@ -85,10 +85,12 @@ export class Chat {
   /** While an answer runs it is not read out piece by piece: aria-busy holds it until it is whole. */
   busy(running) {
     this.running = running;
+    const pressed = [at("chat-send"), at("chat-stop")].includes(document.activeElement);
     at("chat-log").setAttribute("aria-busy", running !== null);
     at("chat-send").hidden = running !== null;
     at("chat-stop").hidden = running === null;
     at("chat-new").hidden = !this.messages.length;
+    if (pressed) at("chat-text").focus(); // the button is gone, the focus shall not be
   }
 
   add(role, who, content) {
