@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -17,10 +19,18 @@ from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.tally import Tally
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError
-from bsns.core.ids import SessionId
+from bsns.core.ids import ModelId, PeerId, SessionId
+from bsns.core.plan import LEAST_CACHE_TOKENS, Objective, Plan
+from bsns.core.snapshot import Link, ModelShape, Pair, Snapshot
 from bsns.gateway.app import create_app
 from bsns.gateway.grammar import Grammars
 from bsns.gateway.settings import Settings
+from bsns.node.orchestrator import best_plan
+from bsns.node.view import NodeStatus
+from bsns.protocol.inference import Description
+from bsns.protocol.records import NodeRecord
+from bsns.routing.chain import Route
+from bsns.swarm.snapshot import snapshot
 
 VOCABULARY = 49152
 HERMES = """{%- if tools %}<|im_start|>system
@@ -41,6 +51,7 @@ class ScriptedEngine:
     context_tokens = 512
     vocab_size = VOCABULARY
     repairs = 3
+    block_count = 4
 
     def __init__(self, prompts: Prompts) -> None:
         self.prompts = prompts
@@ -57,6 +68,13 @@ class ScriptedEngine:
         self.stands = asyncio.Event()
         """Unset, it waits after its first piece."""
         self.stands.set()
+        self.route: Route = ()
+        """Where answers go through from now on, those under way too."""
+        self.statuses: list[NodeStatus] = []
+        self.seen = Snapshot(0.0, ())
+        self.looks = 0
+        """How often somebody asked who is here."""
+        self.plans = 0
 
     async def stream(
         self, tokens: Sequence[int], options: SamplingOptions, stats: Stats, constraint: Constraint | None, tenant: str
@@ -77,6 +95,7 @@ class ScriptedEngine:
                     raise self.fails
                 if at:
                     await self.stands.wait()
+                stats.route, stats.tokens = self.route, at + 1
                 logits_V = torch.zeros(VOCABULARY)
                 logits_V[script[min(at, len(script) - 1)]] = 30.0
                 token = answer.choose(logits_V)
@@ -92,6 +111,60 @@ class ScriptedEngine:
 
     async def missing(self) -> tuple[BlockRange, ...]:
         return self.gaps
+
+    async def nodes(self) -> Sequence[NodeStatus]:
+        self.looks += 1
+        if isinstance(self.fails, BsnsError):
+            raise self.fails
+        return list(self.statuses)
+
+    def snapshot(self) -> Snapshot:
+        return self.seen
+
+    def plan(self, seen: Snapshot) -> Plan:
+        self.plans += 1
+        shape = ModelShape(ModelId("scripted"), self.name, (1 << 20,) * self.block_count, 64, 1152)
+        return best_plan(seen, shape, Objective(), LEAST_CACHE_TOKENS, plan_s=0.2)
+
+
+def node_status(
+    name: str, blocks: BlockRange, *, answers: bool = True, state: str = "serving", **now: Any
+) -> NodeStatus:
+    """A node of the scripted model, as the engine tells of it."""
+    record = NodeRecord(
+        peer=PeerId(name),
+        addresses=("/ip4/10.1.2.3/tcp/1",),
+        model=ModelId("scripted"),
+        model_name="scripted",
+        block_count=ScriptedEngine.block_count,
+        start=blocks.start,
+        end=blocks.end,
+        state=state,
+        device="cpu",
+        dtype="float32",
+        executor="native",
+        threads=1,
+        cache_tokens=1000,
+        cache_tokens_left=1000,
+        block_time_s=0.002,
+        rss_bytes=10**8,
+        version="0",
+        started_s=0.0,
+        expires_s=1e12,
+        memory_bytes=1 << 30,
+    )
+    if not answers:
+        return NodeStatus(record, None, None, f"node {name} at {record.addresses[0]} is gone")
+    figures = {"sessions": 1, "cache_tokens_left": 900, "rows": 0} | now
+    told = Description(blocks.start, blocks.end, cache_tokens=1000, block_time_s=0.002, rss_bytes=1, steps=1, **figures)
+    return NodeStatus(record, told, 0.001, None)
+
+
+def show(engine: ScriptedEngine, statuses: Sequence[NodeStatus], links: Mapping[Pair, Link] | None = None) -> None:
+    """Let the engine see these nodes from now on."""
+    engine.statuses = list(statuses)
+    bare = snapshot([status.record for status in statuses], time.time())
+    engine.seen = replace(bare, links=links or {})
 
 
 def client_of(engine: ScriptedEngine, grammars: Grammars, settings: Settings = Settings()) -> httpx.AsyncClient:  # noqa: B008

@@ -267,6 +267,15 @@ def test_an_orderly_end(tiny: str, swarm: tuple[Running, str]) -> None:
     command.family.left_nothing()
 
 
+def test_who_only_watches_does_not_hold_up_the_end(tiny: str, swarm: tuple[Running, str]) -> None:
+    with running("gateway", tiny, "--join", swarm[1], "--port", "0", "--json") as command:
+        gateway = Gateway(command)
+        with httpx.stream("GET", f"{gateway.url}/dashboard/events", timeout=30) as said:
+            assert next(said.iter_lines()) == "event: swarm"
+            command.signal(signal.SIGTERM)
+            assert command.finish(8).returncode == 130
+
+
 def test_streams_that_do_not_end_in_time(tiny: str, swarm: tuple[Running, str]) -> None:
     with running("gateway", tiny, "--join", swarm[1], "--port", "0", "--drain-s", "1", "--json") as command:
         chunks = iter(Gateway(command).chat(stream=True, max_tokens=LONG))

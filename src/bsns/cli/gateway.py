@@ -192,7 +192,7 @@ async def serve_http(
     if as_json:
         emit({"event": "listening", "url": listener.url, "model": engine.name})
     else:
-        tell(f"{engine.name} answers at {listener.url}/v1")
+        tell(f"{engine.name} answers at {listener.url}/v1; its dashboard is at {listener.url}/")
     await listener.serve(app, drain_s)
 
 

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bsns.cli.plan_table import speeds
 from bsns.core.ids import PeerId, short_names
 from bsns.core.plan import Plan
 from bsns.core.snapshot import ModelShape, Snapshot
+from bsns.planning.account import speeds
 from bsns.planning.network import chain_problem
 from bsns.planning.problem import Floats
 

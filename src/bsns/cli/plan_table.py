@@ -14,17 +14,16 @@ from bsns.cli.console import out, tell
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import PeerId, short_names
 from bsns.core.memory import MemoryUse
-from bsns.core.plan import ONE_NODE, Alternative, Plan
+from bsns.core.plan import Plan
 from bsns.core.snapshot import ModelShape, NodeView, Snapshot
 from bsns.core.words import several, size
+from bsns.planning.account import advice, against, proof, speeds
 from bsns.planning.memory import stage_memory
 
 if TYPE_CHECKING:
     from bsns.cli.plan import Present
 
 MAX_REASONS = 12
-PROVEN = 1e-4
-"""A gap below this is a rounding of the proof's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,7 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None, memory: Sequen
     out.print(_stages(plan, snapshot, names))
     out.print(_memory(memory, names))
     tell(f"predicted: {speeds(plan)}")
-    bound = plan.lower_bound_s * 1e3
-    if plan.gap < PROVEN:
-        tell(f"no plan can be better: {found_by(plan.method)}, and proven ({bound:.4g} ms)")
-    else:
-        value = plan.value * 1e3
-        tell(
-            f"{found_by(plan.method)}; at most {plan.gap:.1%} from the best possible "
-            f"({value:.4g} ms, no plan is under {bound:.4g} ms)"
-        )
+    tell(proof(plan))
     if present is not None:
         predicted = present.predicted_tokens_per_s
         beside = f", predicted {predicted:.1f}" if predicted is not None else ""
@@ -74,28 +65,6 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None, memory: Sequen
         tell(line, style="yellow")
     for assumption in plan.assumptions:
         tell(f"assumed: {assumption}", style="dim")
-
-
-def speeds(plan: Plan) -> str:
-    """The predicted tokens per second, with one stream and with as many as there are stages to keep busy."""
-    many = max(2, len(plan.stages))
-    return f"{plan.tokens_per_s():.1f} tokens/s with one stream, {plan.tokens_per_s(many):.1f} with {many}"
-
-
-def found_by(method: str) -> str:
-    """How a plan was found; some rules' names begin with `by` themselves."""
-    return f"found {method}" if method.startswith("by ") else f"found by {method}"
-
-
-def advice(plan: Plan) -> list[str]:
-    """Says so, with both numbers, if one node alone would be faster than the plan for a single stream."""
-    alone = next((other for other in plan.alternatives if other.name == ONE_NODE), None)
-    if alone is None or alone.latency_s is None or len(plan.stages) < 2 or alone.latency_s >= plan.latency_s:
-        return []
-    return [
-        f"one node alone would answer a single stream faster: {1 / alone.latency_s:.1f} tokens/s against "
-        f"{plan.tokens_per_s():.1f}; cut the model only if it does not fit one node, or for many streams at once"
-    ]
 
 
 def as_dict(plan: Plan, present: Present | None, memory: Sequence[Footprint]) -> dict[str, Any]:
@@ -226,17 +195,9 @@ def _alternatives(plan: Plan) -> Table:
             f"{other.bottleneck_s * 1e3:.2f} ms" if other.bottleneck_s is not None else "–",
             f"{other.latency_s * 1e3:.2f} ms" if other.latency_s is not None else "–",
             _per_s(other.latency_s),
-            Text(_against(plan, other)),
+            Text(against(plan, other)),
         )
     return view
-
-
-def _against(plan: Plan, other: Alternative) -> str:
-    if other.bottleneck_s is None or other.latency_s is None:
-        return other.note or "impossible"
-    ratio = plan.objective.value(other.bottleneck_s, other.latency_s) / plan.value
-    how = f"{ratio:.2f} × the cost" if abs(ratio - 1) > 5e-3 else "the same"
-    return f"{how}; {other.note}" if other.note else how
 
 
 def _left_out(plan: Plan, names: Mapping[PeerId, str]) -> list[str]:

@@ -125,7 +125,12 @@ def missing(nodes: list[NodeStatus]) -> dict[str, list[str]]:
     models = {node.record.model: node.record for node in nodes}
     gaps = {
         record.model_name: missing_blocks(
-            (n.record.blocks for n in nodes if n.record.model == model and n.record.state == "serving" and not n.error),
+            (
+                blocks
+                for n in nodes
+                if n.record.model == model and n.record.state == "serving" and not n.error
+                for blocks in n.record.ranges
+            ),
             record.block_count,
         )
         for model, record in models.items()

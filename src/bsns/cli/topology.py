@@ -13,7 +13,6 @@ from rich.table import Table
 from bsns.cli.console import JsonFlag, chosen_invite, doing, emit, out, run, tell
 from bsns.cli.files import read_file, write_file
 from bsns.core.errors import BadOption
-from bsns.core.ids import short_names
 from bsns.core.snapshot import Snapshot
 from bsns.core.words import several
 
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from bsns.topology.persistence import Diagrams
     from bsns.topology.summary import Summary
 
-MOST_NAMED = 8
-"""Of each kind of thing, so many are told one by one."""
+REST = " (--json names them)"
 MOST_NODES = 10_000
 
 
@@ -109,6 +107,8 @@ def drawn(text: str) -> Snapshot:
 
 def show(known: Distances, told: Summary) -> None:
     """Print the shape for people."""
+    from bsns.topology.summary import clusters_in_words, loops_in_words
+
     count = known.node_count
     if count == 1:
         tell("one node: a network of one has no shape")
@@ -116,7 +116,7 @@ def show(known: Distances, told: Summary) -> None:
     apart_ms = known.matrix_MM[known.matrix_MM > 0] * 1e3
     if len(apart_ms):
         tell(f"{count} nodes; a token takes {apart_ms.min():.3g} to {apart_ms.max():.3g} ms from one to another")
-    for line in (*clusters_in_words(told), *loops_in_words(told)):
+    for line in (*clusters_in_words(told, REST), *loops_in_words(told, REST)):
         tell(line)
     if len(told.steps) > 1:
         view = Table("joined up to", "clusters", "loops open", box=SIMPLE_HEAD)
@@ -125,40 +125,6 @@ def show(known: Distances, told: Summary) -> None:
         out.print(view)
     for note in known.assumptions:
         tell(f"assumed: {note}", style="dim")
-
-
-def clusters_in_words(told: Summary) -> list[str]:
-    """H0: how many clusters, how near within, how far between."""
-    if len(told.clusters) == 1:
-        return [f"no clusters stand apart: all are joined, step by step, by ways of up to {_ms(told.within_s)}"]
-    lines = [
-        f"{len(told.clusters)} clusters: steps of up to {_ms(told.within_s)} join each of them, "
-        f"and from one to another it takes {_ms(told.between_s)} or more"
-    ]
-    called = short_names(peer for group in told.clusters for peer in group)
-    for group in told.clusters[:MOST_NAMED]:
-        names = ", ".join(called[peer] for peer in group[:MOST_NAMED])
-        more = f" and {len(group) - MOST_NAMED} more" if len(group) > MOST_NAMED else ""
-        lines.append(f"  {several(len(group), 'node')}: {names}{more}")
-    if len(told.clusters) > MOST_NAMED:
-        lines.append(f"  and {several(len(told.clusters) - MOST_NAMED, 'further cluster')} (--json names them)")
-    return lines
-
-
-def loops_in_words(told: Summary) -> list[str]:
-    """H1: rings of nodes with no short way across."""
-    brief = several(told.brief_loops, "brief one")
-    if not told.loops:
-        return [f"no loops that last ({brief})" if told.brief_loops else "no loops"]
-    rings = f"{several(len(told.loops), 'loop')}, with no short way across"
-    lines = [rings + (f" (and {brief})" if told.brief_loops else "") + ":"]
-    lines += [
-        f"  from ways of {_ms(loop.opens_s)} on there is a ring, and only ways of {_ms(loop.closes_s)} lead across"
-        for loop in told.loops[:MOST_NAMED]
-    ]
-    if len(told.loops) > MOST_NAMED:
-        lines.append(f"  and {len(told.loops) - MOST_NAMED} more (--json names them)")
-    return lines
 
 
 def as_dict(known: Distances, plain: Diagrams, weighted: Diagrams, told: Summary) -> dict[str, Any]:
@@ -200,7 +166,3 @@ def _draw(plain: Diagrams, weighted: Diagrams, nodes: int, svg: Path) -> None:
 
     picture = topology_svg(plain, weighted, several(nodes, "node"))
     write_file(svg, picture)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"

@@ -269,7 +269,7 @@ class Generator:
             detokenizer, matcher = Detokenizer(self.prompts.tokenizer), StopMatcher(options.stop)
             while True:
                 turned = await self._hear(reader, Turned, 0.0 if stats.tokens else self._clock.now_s() - started_s)
-                now_s = self._clock.now_s()
+                now_s, stats.route = self._clock.now_s(), session.route
                 if not stats.tokens:
                     stats.ttft_ms, first_s = (now_s - started_s) * 1e3, now_s
                 stats.decode_s = now_s - first_s

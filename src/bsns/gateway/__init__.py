@@ -16,4 +16,12 @@ answering   the answers to one request, as they come
 replies     what clients get (pure)
 errors      OpenAI's error object and its statuses
 metrics     what Prometheus reads
+
+The dashboard:
+dashboard   its endpoints: the page, the state, the state as a stream
+page        its files (in site/) and the headers that confine them
+state       what it shows, as typed values
+lookout     sees that once a moment for all who watch
+solving     plan and shape, solved in a thread when the swarm has changed
+running     answers under way, and which nodes they go through
 """

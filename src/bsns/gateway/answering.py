@@ -12,6 +12,7 @@ from bsns.client.generate import Piece, Stats
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.gateway.engine import Engine
 from bsns.gateway.metrics import Metrics
+from bsns.gateway.running import RunningAnswers
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Answers:
     """Whose they are."""
     sessions: list[str]
     """The ids of those that have answered, for the log."""
+    running: RunningAnswers
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Each choice's next piece, by its number. A reader that waits holds them all up; closing this frees them.
@@ -79,7 +81,7 @@ class Answers:
         stats = Stats()
         pieces = self.engine.stream(ask.tokens, ask.options, stats, ask.constraint, self.tenant)
         try:
-            with metrics.under_way.track_inprogress():
+            with metrics.under_way.track_inprogress(), self.running.under_way(self.tenant, stats):
                 async with contextlib.aclosing(pieces):
                     async for piece in pieces:
                         now_s = time.monotonic()

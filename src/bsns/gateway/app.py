@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from itertools import takewhile
@@ -14,14 +15,18 @@ from starlette.exceptions import HTTPException
 
 import bsns
 from bsns.core.errors import BsnsError
+from bsns.gateway.dashboard import Dashboard
 from bsns.gateway.desk import Desk
 from bsns.gateway.engine import Engine
 from bsns.gateway.errors import ApiError, ErrorBody, bad_request, unserved
-from bsns.gateway.gate import Gate
+from bsns.gateway.gate import OPEN_PATHS, Gate
 from bsns.gateway.grammar import Grammars
 from bsns.gateway.limits import Limits
+from bsns.gateway.lookout import Lookout
 from bsns.gateway.metrics import Metrics
+from bsns.gateway.page import page_files
 from bsns.gateway.requests import ChatRequest, CompletionRequest
+from bsns.gateway.running import RunningAnswers
 from bsns.gateway.settings import Settings
 
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
@@ -29,7 +34,7 @@ _FIELD = re.compile(r"[a-z_]\w*|\d+")
 
 
 def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAPI:
-    """An ASGI application that answers with this engine."""
+    """An ASGI application that answers with this engine. Its server sets `state.closing` when it is to end."""
     metrics, limits, created = Metrics(engine), Limits(), int(time.time())
     app = FastAPI(
         title="BSNS gateway",
@@ -38,7 +43,10 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
         redoc_url=None,
         responses=REFUSALS,
     )
-    desk = Desk(engine, grammars, metrics, limits, settings)
+    running, files = RunningAnswers(), page_files()
+    desk = Desk(engine, grammars, metrics, limits, settings, running)
+    app.state.closing = asyncio.Event()
+    Dashboard(Lookout(engine, running), settings, app.state.closing).install(app, files)
     model = {"id": engine.name, "object": "model", "created": created, "owned_by": "bsns"}
 
     @app.get("/health")
@@ -109,6 +117,7 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
         metrics=metrics,
         most_body_bytes=settings.most_body_bytes,
         local_only=settings.local_only,
+        open_paths=OPEN_PATHS | files.keys(),
         endpoints=frozenset(getattr(route, "path", "") for route in app.routes),
     )
     return app

@@ -35,6 +35,7 @@ from bsns.gateway.requests import (
     CompletionRequest,
     Sampling,
 )
+from bsns.gateway.running import RunningAnswers
 from bsns.gateway.settings import Settings
 from bsns.gateway.tools import CallFormat, CallReader
 
@@ -51,6 +52,7 @@ class Desk:
     metrics: Metrics
     limits: Limits
     settings: Settings
+    running: RunningAnswers
 
     def check_model(self, name: str) -> None:
         """Raises ApiError for a model that is not served here."""
@@ -108,7 +110,9 @@ class Desk:
     ) -> Response:
         """`prompt_tokens`: of all prompts, each counted once however many choices it has."""
         caller: Caller = request.state.caller
-        answers = Answers(self.engine, asks, self.metrics, Usage(prompt_tokens), caller.name, request.state.sessions)
+        answers = Answers(
+            self.engine, asks, self.metrics, Usage(prompt_tokens), caller.name, request.state.sessions, self.running
+        )
         choices = [choice(i) for i in range(len(asks))]
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(self._room(caller, len(asks)))
@@ -119,7 +123,7 @@ class Desk:
             self.metrics.tokens.labels("in").inc(answers.usage.prompt_tokens)
             if body.stream:
                 events = self._events(body, answers.usage, _with(first, pieces), choices, reply)
-                response: Response = _Stream(events, stack.pop_all(), self.settings.stalled_s)
+                response: Response = EventStream(events, stack.pop_all(), self.settings.stalled_s)
             else:
 
                 async def see_through() -> None:
@@ -185,7 +189,7 @@ class Desk:
             self.limits.end(caller.name, answers)
 
 
-class _Stream(EventSourceResponse):
+class EventStream(EventSourceResponse):
     """Events that hold something, which is let go of however the stream ends, even before it has begun."""
 
     def __init__(

@@ -55,16 +55,18 @@ class Gate:
         metrics: Metrics,
         most_body_bytes: int,
         local_only: bool,
+        open_paths: frozenset[str],
         endpoints: frozenset[str],
     ) -> None:
         """`local_only`: requests must name this machine as their host, so that no web page's own name, pointed here,
-        lets a browser in (DNS rebinding). `endpoints`: the paths that are counted by their names."""
+        lets a browser in (DNS rebinding). `open_paths` want no key. `endpoints` are counted by their names."""
         self._app = app
         self._keys = keys
         self._limits = limits
         self._metrics = metrics
         self._most_body_bytes = most_body_bytes
         self._local_only = local_only
+        self._open_paths = open_paths
         self._endpoints = endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +114,7 @@ class Gate:
         """Raises ApiError."""
         if self._local_only and not names_this_machine(headers.get("host", "")):
             raise ApiError(403, "this gateway answers this machine only, by the name localhost or 127.0.0.1")
-        if path in OPEN_PATHS:
+        if path in self._open_paths:
             return Caller("", Allowance())
         caller = self._caller(headers)
         wait_s = self._limits.ask(caller.name, caller.allowance, time.monotonic())

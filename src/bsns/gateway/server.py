@@ -76,5 +76,6 @@ class Listener:
             await asyncio.shield(serving)
         except asyncio.CancelledError:
             server.should_exit = True
+            app.state.closing.set()
             await serving
             raise

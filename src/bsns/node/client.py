@@ -169,9 +169,9 @@ class Client:
         """Choose these again, whether they failed lately or not."""
         self.view.forgive(peers)
 
-    async def status(self) -> list[NodeStatus]:
-        """Every node that serves the model, as announced and as it answers now."""
-        return await self.view.status(self.generator.links)
+    async def status(self, deadline_s: float | None = None) -> list[NodeStatus]:
+        """Every node that serves the model, as announced and as it answers now, if it does within `deadline_s`."""
+        return await self.view.status(self.generator.links, deadline_s)
 
     @property
     def generator(self) -> Generator:
@@ -265,7 +265,9 @@ class Client:
         records = [record for record in await view.records() if record.state == "serving"]
         gaps: tuple[BlockRange, ...] = (BlockRange(0, self.source.block_count),)
         for dtype in sorted({r.dtype for r in records} if self._dtype == "auto" else {self._dtype}):
-            gaps = missing_blocks((r.blocks for r in records if r.dtype == dtype), self.source.block_count)
+            gaps = missing_blocks(
+                (blocks for r in records if r.dtype == dtype for blocks in r.ranges), self.source.block_count
+            )
             if not gaps:
                 return dtype
         missing = ", ".join(map(str, gaps))

@@ -237,16 +237,19 @@ class View:
         """Open sessions by node: those that records tell of, and our own."""
         return self._loads.sessions()
 
-    async def status(self, links: Links) -> list[NodeStatus]:
-        """Every node's record beside what it answers now."""
-        return list(await asyncio.gather(*(self._ask(links, record) for record in await self.records())))
+    async def status(self, links: Links, deadline_s: float | None = None) -> list[NodeStatus]:
+        """Every node's record beside what it answers now, if it does within `deadline_s`."""
+        return list(await asyncio.gather(*(self._ask(links, record, deadline_s) for record in await self.records())))
 
-    async def _ask(self, links: Links, record: NodeRecord) -> NodeStatus:
+    async def _ask(self, links: Links, record: NodeRecord, deadline_s: float | None) -> NodeStatus:
         try:
-            link = await links.to(record.peer, record.addresses)
-            return NodeStatus(record, await link.describe(), await link.ping(), None)
+            async with asyncio.timeout(deadline_s):
+                link = await links.to(record.peer, record.addresses)
+                return NodeStatus(record, await link.describe(), await link.ping(), None)
         except BsnsError as error:
             return NodeStatus(record, None, None, error.message)
+        except TimeoutError:
+            return NodeStatus(record, None, None, f"node {record.peer} did not answer within {deadline_s:g} s")
 
     async def _measure(self, links: Links, records: list[NodeRecord]) -> None:
         """Ping the nodes whose round trip is unknown or old; one that does not answer is left for the route to find."""

@@ -14,6 +14,7 @@ exact_blocks  blocks as variables of the exact solver
 bounds        what no plan beats
 replicas      several nodes for one range
 sharing       the local search of replicas
+account       a plan in words: its speed, its proof, its advice
 reasons       why a node was left out, and what memory is missing
 brkga         the genetic engine
 weight_decoder  its plans whose keys are the weights of selection

@@ -243,3 +243,5 @@ class Description(msgspec.Struct, frozen=True, tag="description"):
     steps: int
     rows: int
     memory: MemoryUse = MemoryUse()
+    waiting: int = 0
+    """Steps that wait for a batch."""

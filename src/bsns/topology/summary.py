@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, short_names
 from bsns.core.snapshot import Snapshot
+from bsns.core.words import several
 from bsns.topology.distance import Distances
 from bsns.topology.persistence import Diagrams, Merge, clusters, merges
 
@@ -18,6 +19,8 @@ LASTING = 1.3
 VISIBLE = 0.05
 """And if it is open for at least this share of the longest step that joins the swarm: inside a LAN rings are noise."""
 LEAST_S = 1e-6
+MOST_NAMED = 8
+"""Of each kind of thing, so many are told one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,40 @@ def summary(seen: Distances, diagrams: Diagrams, snapshot: Snapshot) -> Summary:
     )
 
 
+def clusters_in_words(told: Summary, hint: str = "") -> list[str]:
+    """H0: how many clusters, how near within, how far between; `hint`: where to find those that are not named."""
+    if len(told.clusters) == 1:
+        return [f"no clusters stand apart: all are joined, step by step, by ways of up to {_ms(told.within_s)}"]
+    lines = [
+        f"{len(told.clusters)} clusters: steps of up to {_ms(told.within_s)} join each of them, "
+        f"and from one to another it takes {_ms(told.between_s)} or more"
+    ]
+    called = short_names(peer for group in told.clusters for peer in group)
+    for group in told.clusters[:MOST_NAMED]:
+        names = ", ".join(called[peer] for peer in group[:MOST_NAMED])
+        more = f" and {len(group) - MOST_NAMED} more" if len(group) > MOST_NAMED else ""
+        lines.append(f"  {several(len(group), 'node')}: {names}{more}")
+    if len(told.clusters) > MOST_NAMED:
+        lines.append(f"  and {several(len(told.clusters) - MOST_NAMED, 'further cluster')}{hint}")
+    return lines
+
+
+def loops_in_words(told: Summary, hint: str = "") -> list[str]:
+    """H1: rings of nodes with no short way across."""
+    brief = several(told.brief_loops, "brief one")
+    if not told.loops:
+        return [f"no loops that last ({brief})" if told.brief_loops else "no loops"]
+    rings = f"{several(len(told.loops), 'loop')}, with no short way across"
+    lines = [rings + (f" (and {brief})" if told.brief_loops else "") + ":"]
+    lines += [
+        f"  from ways of {_ms(loop.opens_s)} on there is a ring, and only ways of {_ms(loop.closes_s)} lead across"
+        for loop in told.loops[:MOST_NAMED]
+    ]
+    if len(told.loops) > MOST_NAMED:
+        lines.append(f"  and {len(told.loops) - MOST_NAMED} more{hint}")
+    return lines
+
+
 def _separate(joined: list[Merge]) -> int:
     """How many clusters stand apart: the number after whose last merge the next one is farthest off, in proportion."""
     best, count = SEPARATE, 1
@@ -98,3 +135,7 @@ def _steps(
     return tuple(
         (float(d), len(joined) + 1 - int((distances <= d).sum()), int(((opens <= d) & (d < closes)).sum())) for d in at
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

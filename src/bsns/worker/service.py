@@ -195,6 +195,7 @@ class Worker:
             steps=self.steps,
             rows=self.rows,
             memory=self.memory,
+            waiting=len(self._batcher),
         )
 
     def take_on(self, executor: Executor) -> None:

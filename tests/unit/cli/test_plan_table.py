@@ -10,12 +10,13 @@ import pytest
 from bsns.cli import console
 from bsns.cli.console import parse_seconds
 from bsns.cli.plan_picture import draw_plan
-from bsns.cli.plan_table import ONE_NODE, advice, as_dict, footprints, found_by, show
+from bsns.cli.plan_table import as_dict, footprints, show
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.ids import ModelId, PeerId
-from bsns.core.plan import Alternative, LeftOut, Objective, Plan, PlannedStage
+from bsns.core.plan import ONE_NODE, Alternative, LeftOut, Objective, Plan, PlannedStage
 from bsns.core.snapshot import Link, ModelShape, NodeView, Snapshot, pair
+from bsns.planning.account import advice, found_by
 
 PEERS = [PeerId(f"12D3KooWnode{n:04d}") for n in range(4)]
 SHAPE = ModelShape(ModelId("m"), "m", (100,) * 4, 1, 1000)
