@@ -50,15 +50,22 @@ class LanguagePipes:
 
 async def find_language_pipes(scratch: Path) -> LanguagePipes | Absent:
     """What `$BSNS_LANGUAGE_PIPES` names. Raises BadOption if it does not run."""
-    named = os.environ.get(VARIABLE, "")
-    if not named:
-        return Absent(f"set {VARIABLE} to a virtual environment with {PACKAGE}, as docs/benchmarks.md says")
-    program = Path(os.path.abspath(os.path.expanduser(named)), "bin", "language-pipes")
-    if not os.access(program, os.X_OK):
-        return Absent(f"{named} holds no bin/language-pipes: install {PACKAGE} there, or correct {VARIABLE}")
+    program = _program()
+    if isinstance(program, Absent):
+        return program
     async with running([str(program), "--version"], _environment(os.environ), scratch / "version.log") as asked:
         said = await asked.output(_ASK_DEADLINE_S)
     return LanguagePipes(program, said.strip()[-40:])
+
+
+def _program() -> Path | Absent:
+    named = os.environ.get(VARIABLE, "")
+    if not named:
+        return Absent(f"set {VARIABLE} to a virtual environment with {PACKAGE}, as docs/benchmarks.md says")
+    program = (Path(named).expanduser() / "bin" / "language-pipes").absolute()
+    if not os.access(program, os.X_OK):
+        return Absent(f"{named} holds no bin/language-pipes: install {PACKAGE} there, or correct {VARIABLE}")
+    return program
 
 
 @contextlib.asynccontextmanager

@@ -107,7 +107,8 @@ async def bench_load(model: str, source: ModelSource, *, quick: bool, told: Told
 async def gateway(model: str, invite: str, *words: str) -> AsyncIterator[tuple[str, str]]:
     """A gateway in a process of its own: where it listens, and the name of its model. Raises PeerFailed."""
     words = (model, "--join", invite, "--port", "0", "--json", *words)
-    process = await start("gateway", words, os.environ, leashed=False)
+    # a line for each request would drown how it goes
+    process = await start("gateway", words, {"BSNS_LOG": "warning", **os.environ}, leashed=False)
     draining: asyncio.Task[None] | None = None
     try:
         listening = await _listening(process)

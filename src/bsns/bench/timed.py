@@ -29,7 +29,7 @@ def together(times_s: Sequence[Sequence[float]]) -> float:
     from the first token of any to the last. Raises PeerTimedOut if there are not two tokens.
     """
     every = sorted(at for times in times_s for at in times)
-    if all(times_s):
+    if every and all(times_s):
         begin, end = max(times[0] for times in times_s), min(times[-1] for times in times_s)
         inside = sum(begin < at <= end for at in every)
         if inside > len(every) / 2:
