@@ -75,7 +75,7 @@ async def test_who_falls_is_ended_at_once_and_left_out_of_all_figures() -> None:
     found = await track.run(2, a=track.contender("a", fails_in_turn=4), b=track.contender("b"))
     assert track.happened == ["a 1", "a 16", "b 1", "b 16", "a 1", "a 16", "a ended", "b 1", "b 16", "b ended"]
     assert found.left_out == {"a": "a fell"}
-    assert list(found.report()) == ["b", "ratio", "left_out"]
+    assert list(found.report()) == ["b", "ratio", "left_out", "rounds"]
 
 
 @pytest.mark.parametrize("hangs", ["as it starts", "in its turn"])
@@ -83,9 +83,16 @@ async def test_who_hangs_is_left_out_in_time(hangs: str) -> None:
     track = Track()
     async with asyncio.timeout(5.0):
         found = await track.run(1, a=track.contender("a", hangs=hangs), b=track.contender("b"))
-    assert "longer than" in found.left_out["a"]
+    assert "too long" in found.left_out["a"]
     assert track.happened.count("a ended") == 1
     assert list(found.rates) == ["b"]
+
+
+async def test_no_round_is_begun_that_would_go_beyond_the_budget() -> None:
+    track = Track()
+    found = await race({"a": track.contender("a")}, rounds=9, told=print, budget_s=0.0)
+    assert found.rounds == 1
+    assert found.rates["a"] == {1: [1.0], 16: [16.0]}
 
 
 async def test_all_are_ended_if_the_run_is_broken_off() -> None:

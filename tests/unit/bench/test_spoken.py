@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import make_model
 
 from bsns.bench.language_pipes import configuration, link_model
 from bsns.bench.spoken import spoken, text_of
 from bsns.client.prompts import Prompts
 from bsns.core.blocks import BlockRange
 from bsns.model.source import ModelSource, resolve
-from tests.tiny_models import make_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
