@@ -49,7 +49,7 @@ PROMPT_TOKENS = 96
 START_DEADLINE_S = 420.0
 ROUND_DEADLINE_S = 150.0
 """What one measurement may take, loading included."""
-BUDGET_S = 810.0
+BUDGET_S = 840.0
 
 Told = Callable[[str], None]
 Rate = Callable[[int], Awaitable[float]]
@@ -190,7 +190,7 @@ def _setting(model: str, kept: Path, scratch: Path, cores: int, quick: bool) -> 
         speaking,
         tuple(text_of(prompts, PROMPT_TOKENS, number) for number in range(max(STREAMS))),
         tokens={1: 24, 16: 8} if quick else {1: 64, 16: 32},
-        api_seconds=30.0 if quick else 45.0,
+        api_seconds=60.0 if quick else 90.0,
         node_threads=max(1, cores // NODES),
         cores=cores,
         scratch=scratch,
