@@ -8,6 +8,12 @@ pipes            the ceiling of a pipeline of processes
 machine          the machine that is measured
 llama_cpp        a build of llama.cpp, and how fast it is
 llama_gguf       the models it is measured with
+llama_rpc        the same build over two of its servers
+language_pipes   two nodes of another swarm, where it is installed
+programs         others' programs, started and ended
+spoken           models of random weights that can be spoken to
+timed            how fast the tokens of several answers come
+rivals           one model through ours and others' programs, in turns
 compress_rivals  others' codecs and quantised layers, where they are installed
 load             chats through a gateway, while nodes are killed
 table2           six nodes over three networks, and guesses

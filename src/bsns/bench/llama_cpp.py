@@ -12,7 +12,7 @@ import os
 import signal
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
@@ -144,10 +144,13 @@ def speeds(llama: LlamaCpp, file: Path, *, threads: int, rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def arguments(measure: Measure, file: Path, threads: int, tuning: Tuning) -> list[str]:
-    """The command of one round: a program's name and its options."""
+def arguments(measure: Measure, file: Path, threads: int, tuning: Tuning, servers: Sequence[str] = ()) -> list[str]:
+    """The command of one round: a program's name and its options. `servers` (host:port) take equal parts of the model,
+    where there are any."""
     common = ["-m", str(file), "-t", str(threads), "-fa", "on" if tuning.flash_attention else "off"]
     common += ["-b", str(tuning.batch_tokens), "-ub", str(tuning.micro_batch_tokens)]
+    if servers:
+        common += ["--rpc", ",".join(servers), "-ngl", "99", "-ts", ",".join("1" for _ in servers), "-fit", "off"]
     match measure:
         case Prefill(tokens):
             return [_PREFILLING, *common, "-p", str(tokens), "-n", "0", "-r", "1", "-o", "json"]
@@ -212,7 +215,7 @@ def _run(directory: Path, command: list[str], deadline_s: float) -> tuple[str, s
             text=True,
             errors="replace",
             timeout=deadline_s,
-            env=_environment(os.environ),
+            env=environment(os.environ),
         )
     except OSError as error:
         raise BadOption(f"{program} cannot be started ({error.strerror}); build it on this machine") from error
@@ -223,7 +226,8 @@ def _run(directory: Path, command: list[str], deadline_s: float) -> tuple[str, s
     return done.stdout, done.stderr
 
 
-def _environment(inherited: Mapping[str, str]) -> dict[str, str]:
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """What llama.cpp's programs are given of an environment."""
     return {name: value for name, value in inherited.items() if not name.startswith(_MEDDLING)}
 
 

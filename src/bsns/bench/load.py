@@ -7,6 +7,7 @@ in length; each is one that was answered undisturbed before, and what comes back
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,32 +81,46 @@ async def bench_load(model: str, source: ModelSource, *, quick: bool, told: Told
     """Measure and report; keys as in docs/benchmarks.md. Needs the packages `openai` and those of the gateway."""
     halves = equal_split(source.block_count, 2)
     told("load: starting four nodes and a gateway")
-    async with LocalSwarm(model, [*halves, *halves], dtype=DTYPE) as swarm:
+    async with (
+        LocalSwarm(model, [*halves, *halves], dtype=DTYPE) as swarm,
         # the same codec wherever an answer goes: with int8 on some ways its tokens would depend on the way
-        words = (model, "--join", swarm.peer.invite, "--port", "0", "--wire", "none", "--json")
-        gateway = await start("gateway", words, os.environ, leashed=False)
-        background: list[asyncio.Task[None]] = []
+        gateway(model, swarm.peer.invite, "--wire", "none") as (url, name),
+    ):
+        bench = _Load(url, name, told)
+        await bench.undisturbed()
+        figures: dict[str, Any] = {}
+        for chats in LEVELS:
+            told(f"load: {chats} chats at once")
+            figures[str(chats)] = await bench.run(chats, 8.0 if quick else 60.0)
+        minutes, every_s = (0.5, 10.0) if quick else (10.0, KILL_EVERY_S)
+        told(f"load: {MOST_CHATS} chats for {minutes:g} minutes, a node killed every {every_s:g} s")
+        killing = asyncio.create_task(_kill(swarm, every_s, told))
         try:
-            url, name = await _listening(gateway)
-            background.append(asyncio.create_task(_drain(gateway)))
-            bench = _Load(url, name, told)
-            await bench.undisturbed()
-            figures: dict[str, Any] = {}
-            for chats in LEVELS:
-                told(f"load: {chats} chats at once")
-                figures[str(chats)] = await bench.run(chats, 8.0 if quick else 60.0)
-            minutes, every_s = (0.5, 10.0) if quick else (10.0, KILL_EVERY_S)
-            told(f"load: {MOST_CHATS} chats for {minutes:g} minutes, a node killed every {every_s:g} s")
-            background.append(asyncio.create_task(_kill(swarm, every_s, told)))
             struck = await bench.run(MOST_CHATS, 60.0 * minutes)
-            return {"load": figures, "killed": {"minutes": minutes, "kill_every_s": every_s, **struck}}
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
-            if gateway.returncode is None:
-                gateway.send_signal(signal.SIGTERM)
-                await gateway.wait()
+            killing.cancel()
+            await asyncio.gather(killing, return_exceptions=True)
+        return {"load": figures, "killed": {"minutes": minutes, "kill_every_s": every_s, **struck}}
+
+
+@contextlib.asynccontextmanager
+async def gateway(model: str, invite: str, *words: str) -> AsyncIterator[tuple[str, str]]:
+    """A gateway in a process of its own: where it listens, and the name of its model. Raises PeerFailed."""
+    words = (model, "--join", invite, "--port", "0", "--json", *words)
+    # a line for each request would drown how it goes
+    process = await start("gateway", words, {"BSNS_LOG": "warning", **os.environ}, leashed=False)
+    draining: asyncio.Task[None] | None = None
+    try:
+        listening = await _listening(process)
+        draining = asyncio.create_task(_drain(process))
+        yield listening
+    finally:
+        if draining is not None:
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
 
 
 class _Load:

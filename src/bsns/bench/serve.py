@@ -12,19 +12,21 @@ from typing import Any
 from bsns.bench.emulation import hindrance
 from bsns.bench.load import bench_load
 from bsns.bench.machine import cpu_name
+from bsns.bench.rivals import MODEL, bench_rivals
 from bsns.bench.table2 import bench_table2
-from bsns.model.source import resolve
+from bsns.model.source import SMOLLM2, resolve
 
 Told = Callable[[str], None]
 
 
-PARTS = ("table2", "load")
+PARTS = ("table2", "load", "rivals")
 
 
-async def bench_serve(model: str, *, parts: Collection[str] = PARTS, quick: bool, told: Told) -> dict[str, Any]:
-    """Measure and report; keys as in docs/benchmarks.md."""
+async def bench_serve(
+    model: str | None = None, *, parts: Collection[str] = PARTS, quick: bool, told: Told
+) -> dict[str, Any]:
+    """Measure and report; keys as in docs/benchmarks.md. Each part has a model of its own, unless one is named."""
     started_s, load_before = time.monotonic(), os.getloadavg()[0]
-    source = await asyncio.to_thread(resolve, model)
     figures: dict[str, Any] = {"left_out": {}}
     for part, problem, bench in (
         ("table2", hindrance(), bench_table2),
@@ -34,10 +36,12 @@ async def bench_serve(model: str, *, parts: Collection[str] = PARTS, quick: bool
             told(f"{part} is left out: {problem}")
             figures["left_out"][part] = problem
         elif part in parts:
-            figures |= await bench(model, source, quick=quick, told=told)
+            source = await asyncio.to_thread(resolve, model or SMOLLM2)
+            figures |= await bench(model or SMOLLM2, source, quick=quick, told=told) | {"model": source.name}
+    if "rivals" in parts:
+        figures |= await bench_rivals(model or MODEL, quick=quick, told=told)
     return {
         **figures,
-        "model": source.name,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "quick": quick,

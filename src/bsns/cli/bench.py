@@ -245,17 +245,21 @@ def soak(
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="The model to measure with.")] = "smollm2-135m",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="The model to measure with. Default: smollm2-135m, and 1.1b, a shape, for rivals."),
+    ] = None,
     part: Annotated[
-        list[str] | None, typer.Option("--part", help="table2 or load; may be repeated. Default: all.")
+        list[str] | None, typer.Option("--part", help="table2, load or rivals; may be repeated. Default: all.")
     ] = None,
     quick: QuickFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """What people get: the paper's Table 2 (six nodes over three networks), and chats through a gateway under load.
+    """What people get: the paper's Table 2 (six nodes over three networks), chats through a gateway under load, and the
+    same model through others' programs.
 
-    Table 2 needs root, for network namespaces, and the load OpenAI's client; what cannot be is left out, and said. The
-    full form takes some 35 minutes, and says on standard error how it goes.
+    Table 2 needs root, for network namespaces, and the load OpenAI's client; what cannot be is left out, and said, as
+    are rivals that are not installed. The full form takes some 50 minutes, and says on standard error how it goes.
 
     Example: sudo bsns bench serve --part table2 --quick
     """
