@@ -4,6 +4,7 @@ import { at, digits, el } from "./dom.js";
 import { Refused, events } from "./stream.js";
 
 const MOST_TOKENS = 512;
+const TEMPERATURE = 0.6; // at 1 small models ramble
 
 export class Chat {
   constructor(model, askForKey) {
@@ -48,7 +49,10 @@ export class Chat {
     let first = 0;
     let tokens = 0;
     try {
-      const body = { model: this.model(), messages, stream: true, max_tokens: MOST_TOKENS, stream_options: { include_usage: true } };
+      const body = {
+        model: this.model(), messages, stream: true, stream_options: { include_usage: true },
+        temperature: TEMPERATURE, max_tokens: MOST_TOKENS,
+      };
       const asked = {
         method: "POST",
         headers: { "Content-Type": "application/json" },
