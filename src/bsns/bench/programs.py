@@ -77,7 +77,7 @@ async def running(
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT if errors == log else errors_output,
-                env=environment,
+                env=dict(environment),  # uvloop takes nothing else
                 start_new_session=True,
             )
     except OSError as error:
