@@ -23,6 +23,10 @@ class Alone:
         self.name, self.hidden_size, self.blocks = self._executor.name, self._executor.hidden_size, blocks
         self._sessions: dict[int, Session] = {}
 
+    def __len__(self) -> int:
+        """How many sequences there is room for now."""
+        return len(self._sessions)
+
     def open(self, number: int, max_tokens: int) -> None:
         """Make room for a sequence, anew if there was one of that number."""
         id_ = SessionId(number)

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from bsns.client.kept import common_prefix
 from bsns.client.prompts import Prompts
+from bsns.client.reader import CHUNK_ROWS
 from bsns.client.speculation import FORGETS, LEARNS, PRIOR_WEIGHT, Lookup
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadOption
+from bsns.core.errors import BadOption, NotEnoughMemory
 from bsns.model.source import ModelSource
 from bsns.model.tensors import to_memory, to_tensor
 from bsns.node.alone import Alone
@@ -23,7 +25,6 @@ from bsns.node.ends import load_ends
 
 MOST_DRAFTED = 16
 """Guesses in one step: each takes the draft model a step of its own."""
-CHUNK_ROWS = 128
 PRIOR = 0.6
 """How often a guess is taken to be right before anything is known."""
 
@@ -44,12 +45,16 @@ class Draft:
         self._dtype = dtype
         self._numbers = itertools.count(1)
 
+    def __len__(self) -> int:
+        """How many texts there is room for now: of answers that take turns on the decoder's thread."""
+        return len(self._blocks)
+
     def guesser(self) -> Drafter:
         """For one answer."""
         return Drafter(self)
 
     def open(self, max_tokens: int) -> tuple[int, Callable[[], None]]:
-        """Make room for a text; its number, and what frees it."""
+        """Make room for a text; its number, and what frees it. Raises NotEnoughMemory."""
         number = next(self._numbers)
         self._blocks.open(number, max_tokens)
         return number, lambda: self._blocks.end(number)
@@ -80,15 +85,17 @@ class Drafter:
         self._tried = self._right = 0.0
         self._each_s = 0.0
         """What one guess takes."""
+        self._no_room = False
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
         guesses = self._lookup.guess(tokens, most)
         self._drafted = not guesses
-        if guesses:
+        if guesses or self._no_room:
             return guesses
         room = min(len(tokens) + most + 1, self._draft.context_tokens)
         most = min(most, MOST_DRAFTED, room - len(tokens))
-        count = self._lookup.cost.best_guesses(self.chance, most, self._each_s)
+        # while one drafts, the others wait
+        count = self._lookup.cost.best_guesses(self.chance, most, self._each_s * max(1, len(self._draft)))
         return self._say(tokens, count, room) if count else []
 
     @property
@@ -104,9 +111,13 @@ class Drafter:
 
     def _say(self, tokens: Sequence[int], count: int, room: int) -> list[int]:
         if self._number is None:
-            self._number, free = self._draft.open(room)
+            try:
+                self._number, free = self._draft.open(room)
+            except NotEnoughMemory:  # an answer needs no guesses
+                self._no_room = True
+                return []
             weakref.finalize(self, free).atexit = False
-        known = _common(self._fed, tokens)
+        known = min(common_prefix(self._fed, tokens), len(tokens) - 1)  # the last one's output is wanted
         said: list[int] = []
         news = list(tokens[known:])
         for number in range(count):
@@ -117,13 +128,3 @@ class Drafter:
                 self._each_s += (time.perf_counter() - started_s - self._each_s) * (LEARNS if self._each_s else 1.0)
         self._fed = [*tokens, *said[:-1]]
         return said
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts begin with together; of the other one at least the last is new."""
-    count = 0
-    for a, b in zip(one, other[:-1], strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

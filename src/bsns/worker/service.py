@@ -555,7 +555,8 @@ class Worker:
         except BsnsError as error:
             for session in sessions:
                 self._report(self._clients.get(session.client), session.id, error)
-        self.tally.sent_bytes[codec] += tensors[0].nbytes
+        else:
+            self.tally.sent_bytes[codec] += tensors[0].nbytes
         for work, _ in members:
             self.tally.hop_s.add(sent_s - work.arrived_s)
 

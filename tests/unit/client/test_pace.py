@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bsns.client.pace import LATEST, MOST_SLOW, WINDOW, Pace
+from bsns.protocol.inference import Passed
 
 QUICK = [20.0, 25.0, 15.0]
 
@@ -91,3 +92,9 @@ def test_where_all_are_slower_than_they_say_that_is_believed_no_more() -> None:
         pace.rerouted(says, slow=True)
     assert [pace.turned(1300.0, slow) for _ in range(20)] == [None] * 20
     assert pace.said_s == 0.0
+
+
+def test_what_a_row_would_have_taken_alone_whatever_a_node_says_of_its_batch() -> None:
+    assert Passed(9.0, 8.0, 1).alone_ms == 8.0
+    assert Passed(9.0, 8.0, 5).alone_ms == 4.0
+    assert all(Passed(9.0, 8.0, rows).alone_ms == 8.0 for rows in (0, -3, -(10**12)))

@@ -271,6 +271,33 @@ async def test_a_node_that_grows_slow_is_replaced_if_it_can_be(scene: Scene, wit
     await scene.freed()
 
 
+async def test_a_node_that_says_it_is_busy_and_computes_nothing(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is believed for a while."""
+    monkeypatch.setattr("bsns.client.fault.BUSY_S", 2.5)
+    await scene.start(*ALL)
+    undisturbed = await answer(scene.client(), prompt(9), GREEDY)
+    stats = Stats()
+    stream = scene.client().stream(prompt(9), GREEDY, stats)
+    tokens = [(await anext(stream)).token for _ in range(20)]
+    worker = scene.swarm.nodes["a1"].worker
+
+    async def lie() -> None:
+        while True:
+            worker.tally.steps += 1
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr(worker, "_compute", lambda: None)
+    lying = asyncio.create_task(lie())
+    began_s = time.monotonic()
+    tokens.append((await asyncio.wait_for(anext(stream), 15)).token)
+    took_s = time.monotonic() - began_s
+    assert tokens + await rest(stream) == undisturbed
+    assert took_s >= 2.5
+    assert stats.route[1].peer == "b1"
+    lying.cancel()
+    await scene.freed()
+
+
 async def test_a_slow_stage_and_the_next_are_replaced_together(scene: Scene) -> None:
     await scene.start(*ALL)
     undisturbed = await answer(scene.client(), prompt(9), GREEDY)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bsns.client.prompts import Prompts
-from bsns.core.errors import BadOption
+from bsns.core.errors import BadOption, NotEnoughMemory
 from bsns.model.source import ModelSource, resolve
 from bsns.node.draft import MOST_DRAFTED, Draft, Drafter
 
@@ -87,10 +87,38 @@ def test_a_text_as_long_as_the_draft_model_can_read(draft: Draft, monkeypatch: p
 def test_its_cache_goes_with_the_answer(draft: Draft) -> None:
     drafter = ready(draft)
     assert drafter.guess(list(range(100, 110)), 50)
-    assert len(draft._blocks._sessions) == 1
+    assert len(draft) == 1
     del drafter
     gc.collect()
-    assert not draft._blocks._sessions
+    assert len(draft) == 0
+
+
+def test_many_answers_guess_less(draft: Draft) -> None:
+    """What one answer's guesses take, all wait for."""
+    drafter = ready(draft, 0.5)
+    text = list(range(100, 110))
+    alone = drafter.guess(text, 50)
+    drafter._each_s = 0.02
+    others = [draft.open(8) for _ in range(30)]
+    try:
+        assert drafter.guess(text, 50) == []
+    finally:
+        for _, free in others:
+            free()
+    assert 0 < len(drafter.guess(text, 50)) <= len(alone)
+
+
+def test_without_memory_for_it_nothing_is_drafted(draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = ready(draft)
+
+    def full(*_: object) -> None:
+        raise NotEnoughMemory("no")
+
+    monkeypatch.setattr(draft._blocks, "open", full)
+    assert drafter.guess(list(range(100, 110)), 50) == []
+    monkeypatch.undo()
+    assert drafter.guess(list(range(100, 110)), 50) == []
+    assert drafter.guess([*range(100, 110), 5, 6, 7, 8, 9, 5, 6, 7, 8], 3)[0] == 9, "what stood before is guessed"
 
 
 def test_other_tokens(source: ModelSource) -> None:
