@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -170,6 +171,19 @@ async def test_rates(watched: Watched) -> None:
     assert (sight.swarm.nodes[0].rows_per_s, sight.swarm.nodes[0].waiting) == (20.0, 2)
     assert watched.running.tokens == 20
     assert not watched.running.answers
+
+
+@pytest.mark.parametrize("lie", [math.nan, math.inf, -1e300, 1e300])
+async def test_a_node_that_lies_about_its_figures_blinds_nobody(watched: Watched, lie: float) -> None:
+    await watched.look()
+    told = watched.engine.statuses[0].now
+    assert told is not None
+    lying = msgspec.structs.replace(told, block_time_s=lie, rows=2**63 - 1, waiting=-(2**63), cache_tokens_left=-1)
+    watched.engine.statuses[0] = replace(watched.engine.statuses[0], now=lying)
+    sight = await watched.look(2.0)
+    shown = json.loads(sight.swarm_json, parse_constant=pytest.fail)
+    assert len(shown["nodes"]) == len(watched.engine.statuses)
+    assert shown["missing"] == []
 
 
 async def test_everybody_sees_their_own_answers_alone(watched: Watched) -> None:

@@ -44,8 +44,9 @@ export const blocks = ([start, end]) => `${start}:${end}`;
 export const count = (number) => number.toLocaleString("en");
 export const several = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 
-/** Three digits at most. */
+/** Three digits at most; a node may say what is no number. */
 export function digits(value) {
+  if (value === null) return "–";
   if (value === 0) return "0";
   if (value >= 100) return Math.round(value).toLocaleString("en");
   if (value >= 10) return value.toFixed(1);
