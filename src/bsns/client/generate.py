@@ -17,7 +17,7 @@ from bsns.client.finding import Blame, ChooseCodec, FindRoute, Release
 from bsns.client.kept import Kept, KeptSessions
 from bsns.client.links import Link, Links
 from bsns.client.prompts import Prompts
-from bsns.client.reader import CHUNK_ROWS, Reader
+from bsns.client.reader import CHUNK_ROWS, Awaited, Reader
 from bsns.client.repair import Repairs
 from bsns.client.sampling import Constraint, Logprobs, SamplingOptions
 from bsns.client.session import Session
@@ -178,6 +178,8 @@ class Generator:
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
         self.tally = Tally()
         self._readers: dict[SessionId, Reader] = {}
+        self._trailing: dict[SessionId, tuple[int, asyncio.Event]] = {}
+        """Of answers that have ended while guesses are on their way: the turn of the last of them, and that it came."""
         self._waiting = asyncio.Lock()
         """Held by the answer that asks for room again: the others come after it in their order."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -253,6 +255,7 @@ class Generator:
             max_tokens,
             codec,
             guesser,
+            sent_s=self._clock.now_s(),
             constraint=constraint,
         )
         stats.prompt_tokens, stats.route, stats.turns_ms = len(tokens), session.route, answer.turns_ms
@@ -262,7 +265,6 @@ class Generator:
         reader.trace = trace
         failure: BaseException | None = None
         try:
-            answer.sent_s = self._clock.now_s()
             await self._feed(reader)
             if self._warm_spares:
                 self._spares.keep(reader)
@@ -309,10 +311,11 @@ class Generator:
         reader = self._readers[session.id] = Reader(session, tokens)
         try:
             for chunk in range(start // CHUNK_ROWS * CHUNK_ROWS, len(tokens), CHUNK_ROWS):
-                reader.limit = min(chunk + CHUNK_ROWS, len(tokens))
-                reader.wanted = rows = reader.goal - max(start, chunk)
+                wanted = Awaited(max(start, chunk), min(chunk + CHUNK_ROWS, len(tokens)), 0)
+                reader.awaited.clear()
+                reader.awaited.append(wanted)
                 await self._feed(reader)
-                yield await self._decoder.logits(await self._hear(reader, memoryview), rows)
+                yield await self._decoder.logits(await self._hear(reader, memoryview), wanted.rows)
         finally:
             self._end(reader)
 
@@ -437,6 +440,8 @@ class Generator:
         tenant's answer that has ended in peace is kept."""
         del self._readers[reader.session.id]
         if tenant is not None and self._keeps and reader.through and reader.rests:
+            if reader.trailing is not None:
+                self._trailing[reader.session.id] = reader.trailing, asyncio.Event()
             self._spawn(self._keep(reader, tenant))
         else:
             self._spawn(self._free(reader))
@@ -444,10 +449,25 @@ class Generator:
     async def _keep(self, reader: Reader, tenant: str) -> None:
         self._release(reader.session.route)
         await self._spares.end(reader)
+        if not await self._has_passed(reader.session.id):
+            await reader.session.close()
+            return
         tokens = tuple(reader.tokens[: reader.through])
         reader.session.park(len(tokens))
         for gone in self._kept.add(Kept(reader.session, tokens, tenant)):
             await gone.session.close()
+
+    async def _has_passed(self, session: SessionId) -> bool:
+        """Wait for what is still on its way through an ended answer's stages: whether it is no more."""
+        if session not in self._trailing:
+            return True
+        try:
+            async with asyncio.timeout(RESUME_S):
+                return await self._trailing[session][1].wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._trailing[session]
 
     async def _free(self, reader: Reader) -> None:
         for task in (reader.looking, reader.mending):
@@ -465,21 +485,21 @@ class Generator:
                 reader.sent = again_from
             link = reader.session.first
             while (start := reader.sent) < reader.goal and reader.session.first is link:
-                end, turns = reader.next_end(), reader.turns
+                (end, wanted, turn), turns = reader.next_step(), reader.turns
                 codec = reader.session.takes
                 hidden = await self._decoder.embed(reader.line(start, end), start, codec)
                 if reader.session.first is not link:
                     return  # whoever put another in its place begins again
                 if reader.turns != turns:
-                    continue  # some of the guesses were wrong
-                wanted = reader.wanted if end == reader.goal else 0
+                    continue  # some of the guesses were wrong, say
                 reader.sent = end
                 self._spares.fed(reader, start)
                 if reader.trace is not None and not reader.turns:
                     reader.sent_s[end] = self._clock.now_s()
                 try:
                     async with asyncio.timeout(self._deadline_s):
-                        await link.send(*self._step([(reader.session.id, start, end - start, wanted, hidden)], codec))
+                        part = Part(reader.session.id, start, end - start, wanted, turn=turn)
+                        await link.send(*self._step([(part, hidden)], codec))
                 except TimeoutError:
                     late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
                     self._repairs.lose(reader, link.peer, late)
@@ -494,7 +514,7 @@ class Generator:
         hidden = await self._decoder.embed(reader.line(start, end), start, codec)
         try:
             async with asyncio.timeout(self._deadline_s):
-                await link.send(*self._step([(reader.session.id, start, end - start, 0, hidden)], codec))
+                await link.send(*self._step([(Part(reader.session.id, start, end - start, 0), hidden)], codec))
         except TimeoutError:
             late = PeerTimedOut(f"node {link.peer} took nothing for {self._deadline_s:g} s")
             raise late.about(link.peer) from None
@@ -532,13 +552,11 @@ class Generator:
             log.exception("looking after an answer's stages failed")
             reader.heard.put_nowait(PeerFailed(f"looking after the stages failed: {error!r}"))
 
-    def _step(self, steps: Sequence[tuple[SessionId, int, int, int, Buffer]], codec: str) -> tuple[Step, list[Buffer]]:
-        turns = {session: reader.turns for session, *_ in steps if (reader := self._readers.get(session)) is not None}
-        parts = tuple(Part(s, at, rows, wanted, turn=turns.get(s, 0)) for s, at, rows, wanted, _ in steps)
-        rows = sum(part.rows for part in parts)
-        tensors = (coded("hidden", self._dtype, (rows, self._hidden_size), codec),)
+    def _step(self, steps: Sequence[tuple[Part, Buffer]], codec: str) -> tuple[Step, list[Buffer]]:
+        parts, hidden = zip(*steps, strict=True)
+        tensors = (coded("hidden", self._dtype, (sum(part.rows for part in parts), self._hidden_size), codec),)
         self.tally.sent_bytes[codec] += tensors[0].nbytes
-        return Step(parts, tensors), [hidden for *_, hidden in steps]
+        return Step(parts, tensors), list(hidden)
 
     def _on_results(self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]]) -> None:
         arrived: list[Arrived] = []
@@ -555,25 +573,28 @@ class Generator:
         """Raises BadTensor for what ends the link."""
         for part, hidden in results:
             reader = self._readers.get(part.session)
-            if reader is None:
-                continue  # closed meanwhile
+            if reader is None:  # closed meanwhile
+                turn, came = self._trailing.get(part.session, (None, None))
+                if came is not None and part.turn == turn:
+                    came.set()
+                continue
             if not reader.session.may_answer(peer):
                 if peer in reader.former:
                     continue  # it was given up, and is late
                 raise BadTensor(f"{peer} answered session {part.session}, of which it is not the last stage")
-            end, goal = part.position + part.rows, reader.goal
-            if end <= reader.through or (part.wanted and not (reader.due and part.turn == reader.turns)):
+            end, due = part.position + part.rows, reader.due
+            if due is None or end <= reader.through or (part.wanted and part.turn != due.turn):
                 continue  # it came twice: once before a repair, once after
-            if not part.wanted and end < goal:
-                self._trace(reader, end, part)
+            if not part.wanted and end <= reader.awaited[0].start:
+                self._trace(reader, reader.through, end, part)
                 reader.came_through(end)
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
             row_bytes = CODECS[codec].row_bytes(self._hidden_size, self._dtype)
             if codec != reader.session.brings or hidden.nbytes != part.wanted * row_bytes:
                 raise BadTensor(f"{peer} answered session {part.session} with rows of another codec or size")
-            if part.wanted != reader.wanted or end != goal:  # a stage before it may have asked for them
-                problem = f"{part.wanted} rows up to {end} came back in place of {reader.wanted} up to {goal}"
+            if part.wanted != due.rows or end != due.end:  # a stage before it may have asked for them
+                problem = f"{part.wanted} rows up to {end} came back in place of {due.rows} up to {due.end}"
                 lost = PeerLost(f"node {peer} broke the protocol, or a stage before it: {problem}")
                 self._on_failure(part.session, lost.about(peer))
                 continue
@@ -587,15 +608,16 @@ class Generator:
                 reader.came_through(end)
                 reader.heard.put_nowait(memoryview(rows))
             else:
-                self._trace(reader, end, part)
-                reader.due = False
-                arrived.append(Arrived(reader.answer, rows, part.hops))
+                self._trace(reader, due.start if reader.turns else reader.through, end, part)
+                reader.came.append(Arrived(reader.answer, rows, part.hops))
+                if len(reader.came) == 1:  # otherwise the decoder has one that comes before it
+                    arrived.append(reader.came[0])
 
-    def _trace(self, reader: Reader, end: int, part: Part) -> None:
+    def _trace(self, reader: Reader, start: int, end: int, part: Part) -> None:
         """A step has come through; how many rows it had is not for others to say."""
         if reader.trace is None:
             return
-        route, rows = reader.session.route, end - reader.through
+        route, rows = reader.session.route, end - start
         if reader.turns:
             reader.trace.decoded(route, rows, part.hops)
         elif (sent_s := reader.sent_s.pop(end, None)) is not None:
@@ -603,34 +625,41 @@ class Generator:
 
     def _on_turned(self, turned: list[Turned]) -> None:
         """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""
-        groups: defaultdict[tuple[Link, str], list[tuple[SessionId, int, int, int, Buffer]]] = defaultdict(list)
+        groups: defaultdict[tuple[Link, str], list[tuple[Part, Buffer]]] = defaultdict(list)
+        arrived: list[Arrived] = []
         for item in turned:
             reader = self._readers.get(item.answer.session)
             if reader is None:
                 continue  # it has gone
-            self.tally.guesses += len(reader.guesses)
-            self.tally.right += len(item.tokens) - 1
-            reader.turn(item.tokens, item.guesses, ended=item.finished is not None)
-            # where the first stage is being replaced, whoever feeds the new one sends this as well
-            if item.hidden is not None and reader.sent == reader.through and not reader.feeding.locked():
-                self._spares.fed(reader, reader.sent)
-                step = (item.answer.session, reader.sent, reader.wanted, reader.wanted, item.hidden)
-                reader.sent = reader.goal
-                groups[reader.session.first, item.answer.codec].append(step)
-            reader.heard.put_nowait(item)
+            if item.tokens:
+                self.tally.right += len(item.tokens) - (not item.goes_on)
+                reader.turn(item.tokens, goes_on=item.goes_on)
+                reader.heard.put_nowait(item)
+            if item.hidden is not None:
+                step = reader.expect(item.line)
+                self.tally.guesses += step.rows - (step.start == reader.through)
+                # where the first stage is being replaced, whoever feeds the new one sends this as well
+                if reader.sent == step.start and not reader.feeding.locked():
+                    self._spares.fed(reader, step.start)
+                    part = Part(item.answer.session, step.start, step.rows, step.rows, turn=step.turn)
+                    groups[reader.session.first, item.answer.codec].append((part, item.hidden))
+                    reader.sent = step.end
+            arrived += list(reader.came)[:1] if item.tokens else []
         for (link, codec), steps in groups.items():
             try:
                 link.post(*self._step(steps, codec))
             except BsnsError as error:
-                for id_, *_ in steps:
-                    self._on_failure(id_, error.about(link.peer))
+                for part, _ in steps:
+                    self._on_failure(part.session, error.about(link.peer))
         for item in turned:
             self._look_at_pace(item)
+        if arrived:  # while the decoder had what came before it
+            self._decoder.submit(arrived)
 
     def _look_at_pace(self, item: Turned) -> None:
         """A stage that has become many times slower than it was is replaced, if others can do it."""
         reader, turns_ms = self._readers.get(item.answer.session), item.answer.turns_ms
-        if reader is None or item.finished or len(turns_ms) < 2:  # the first is the prompt's
+        if reader is None or not item.tokens or item.finished or len(turns_ms) < 2:  # the first is the prompt's
             return
         total_ms, hops = turns_ms[-1]
         slow = reader.pace.turned(total_ms, [hop.alone_ms for hop in hops])

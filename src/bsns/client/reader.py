@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import math
+from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import structlog
 
-from bsns.client.decoder import Answer, Turned
+from bsns.client.decoder import Answer, Arrived, Turned
 from bsns.client.fault import Progress
 from bsns.client.pace import Pace
 from bsns.client.session import Session
@@ -19,6 +20,18 @@ from bsns.core.ids import PeerId
 
 CHUNK_ROWS = 128
 """Prompt tokens per step: small enough that stages work on different chunks at once, large enough to fill a product."""
+
+
+class Awaited(NamedTuple):
+    """A step [start, end) whose rows are wanted, and by what number it is told from those before."""
+
+    start: int
+    end: int
+    turn: int
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.start
 
 
 class Reader:
@@ -34,15 +47,18 @@ class Reader:
         self.guesses: list[int] = []
         """What is sent along after the last of them, to be checked."""
         self.turns = 0
-        """How often there were new ones."""
-        self.due = True
-        """Whether the rows that are wanted have not come yet."""
+        """How often what is awaited has changed."""
+        self.awaited: deque[Awaited] = deque()
+        """What is to bring rows back, one after the other: an answer's newest token, or what is guessed to be it then,
+        with the guesses that are sent in one step with it; the end of a text's chunk."""
+        if answer is not None:
+            self.awaited.append(Awaited(len(tokens) - 1, len(tokens), 0))
+        self.came: deque[Arrived] = deque()
+        """What the first of them have brought an answer, as long as the decoder has it or is yet to get it."""
+        self.trailing: int | None = None
+        """The turn of what is under way last, of what is not awaited any more."""
         self.answer = answer
         self.heard: asyncio.Queue[Turned | memoryview | BsnsError | None] = asyncio.Queue()
-        self.limit = 0 if answer is None else math.inf
-        """How many of the tokens may be sent by now."""
-        self.wanted = 1
-        """How many rows the last of them, and the guesses, shall bring back."""
         self.sent = 0
         """How many tokens have been sent into the route as it is now."""
         self.through = 0
@@ -84,26 +100,50 @@ class Reader:
         """Whether nothing is under way, and nothing is amiss."""
         return not (self.due or self.lost or self.mending or self.looking or self.feeding.locked())
 
-    def turn(self, tokens: Sequence[int], guesses: list[int], *, ended: bool = False) -> None:
-        """An answer has new tokens. What was sent of guesses that were wrong is to be sent again."""
+    @property
+    def due(self) -> Awaited | None:
+        """What is to bring its rows next."""
+        return self.awaited[len(self.came)] if len(self.came) < len(self.awaited) else None
+
+    def turn(self, tokens: Sequence[int], *, goes_on: bool) -> None:
+        """An answer has new tokens. `goes_on`: all of them were guessed, and more is under way; otherwise what is under
+        way is to be sent again."""
         self.tokens += tokens
-        self.guesses, self.wanted, self.due = guesses, 1 + len(guesses), not ended
+        self.awaited.popleft()
+        self.came.popleft()
+        self.trailing = self.awaited[-1].turn if self.due is not None and not goes_on else None
+        if goes_on:
+            del self.guesses[: len(tokens)]
+        else:
+            for gone in (self.awaited, self.came, self.guesses):
+                gone.clear()
         self.turns += 1
         self.came_through(len(self.tokens) - 1)
-        self.sent = min(self.sent, self.through)
+        if not goes_on:
+            self.sent = min(self.sent, self.through)
+
+    def expect(self, line: Sequence[int]) -> Awaited:
+        """A further step of an answer is to bring rows: of the newest token, or what is guessed to be it, and more."""
+        start = self.goal
+        self.guesses += line if self.awaited else line[1:]
+        self.turns += 1
+        self.awaited.append(Awaited(start, start + len(line), self.turns))
+        return self.awaited[-1]
 
     @property
     def goal(self) -> int:
         """How many tokens are to come through, guesses among them."""
-        return int(min(self.limit, len(self.tokens) + len(self.guesses)))
+        return self.awaited[-1].end if self.awaited else self.through
 
     def line(self, start: int, end: int) -> list[int]:
         """The tokens [start, end), and the guesses after them."""
         beyond = len(self.tokens)
         return self.tokens[start:end] + self.guesses[max(0, start - beyond) : max(0, end - beyond)]
 
-    def next_end(self) -> int:
-        """Where the next step may end: at the end of a chunk, but the rows that are wanted are in one step."""
-        goal = self.goal
-        end = min(self.sent + CHUNK_ROWS, goal)
-        return end if end == goal else min(end, goal - self.wanted)
+    def next_step(self) -> tuple[int, int, int]:
+        """Where the next step ends, how many rows of it are wanted, and its turn: at the end of a chunk, but rows that
+        are wanted together are in one step."""
+        step = next(step for step in self.awaited if self.sent < step.end)
+        if step.end - self.sent <= CHUNK_ROWS:
+            return step.end, step.rows, step.turn
+        return min(self.sent + CHUNK_ROWS, step.start), 0, step.turn

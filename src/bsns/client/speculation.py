@@ -8,7 +8,8 @@ The answer is therefore the same, token for token, as without guesses, greedy or
 
 Guesses are what followed the last few tokens where they stood before (prompt lookup, Saxena 2023), or what a draft
 model says (node.draft). How many are sent depends on how many were right lately, and on what a row more takes: where
-that is too much, none.
+that is too much, none. While they are being checked, more may follow in further steps, which count if all before them
+were right.
 """
 
 from __future__ import annotations
@@ -47,9 +48,21 @@ class Guesser(Protocol):
         """What might follow these tokens, the prompt's and the answer's: `most` at the most."""
         ...
 
-    def took(self, rows: int, right: int, step_s: float, computing_s: float) -> None:
-        """A step of `rows` rows, one more than guesses, of which the first `right` were right, has taken so long, and
-        its stages so long of that to compute it."""
+    def go_on(self, tokens: Sequence[int], ahead: Sequence[int], most: int) -> list[int]:
+        """What might follow the guesses `ahead`, which are being checked, if that is worth a further step now."""
+        ...
+
+    def checked(self, guesses: int, right: int) -> None:
+        """So many have come back, of which the first `right` were right."""
+        ...
+
+    def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
+        """A step of so many rows, one more than guesses, that was sent alone has taken so long, and each of its stages
+        so long of that to compute it."""
+        ...
+
+    def took_further(self, rows: int, behind_s: float) -> None:
+        """A further step of so many rows, sent right after another, has come so long after it."""
         ...
 
 
@@ -64,6 +77,8 @@ class Lookup:
         self._read = 0
         self._matched = 0
         """How many tokens stood before, of the guesses that are under way."""
+        self._copied = (0, 0)
+        """Where what they repeat begins, and how many tokens there were when they were made."""
         self._tried = dict.fromkeys(PRIORS, 0.0)
         self._right = dict.fromkeys(PRIORS, 0.0)
         self.cost = Cost()
@@ -76,21 +91,35 @@ class Lookup:
             if start is not None:
                 count = self.cost.best_guesses(self.chance(length), min(most, MOST))
                 self._matched = length if count else 0
-                return follow(tokens, start, count)
+                self._copied = start, len(tokens)
+                return follow(tokens, start, len(tokens), range(count))
         return []
+
+    def go_on(self, tokens: Sequence[int], ahead: Sequence[int], most: int) -> list[int]:
+        if not self._matched:
+            return []
+        count = self.cost.best_further(self.chance(self._matched), len(ahead), min(most, MOST))
+        start, end = self._copied
+        made = len(tokens) - end + len(ahead)
+        return follow(tokens, start, end, range(made, made + count))
 
     def chance(self, length: int) -> float:
         """How likely the next guess is right, where the ones before it are."""
         right = self._right[length] + PRIORS[length] * PRIOR_WEIGHT
         return right / (self._tried[length] + PRIOR_WEIGHT)
 
-    def took(self, rows: int, right: int, step_s: float, computing_s: float) -> None:
+    def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
         self.cost.took(rows, step_s, computing_s)
-        if self._matched and rows > 1:
+
+    def took_further(self, rows: int, behind_s: float) -> None:
+        self.cost.took_further(rows, behind_s)
+
+    def checked(self, guesses: int, right: int) -> None:
+        if self._matched and guesses:
             length = self._matched
             self._right[length] = self._right[length] * FORGETS + right
             # the first that is wrong was tried; those after it were not
-            self._tried[length] = self._tried[length] * FORGETS + min(rows - 1, right + 1)
+            self._tried[length] = self._tried[length] * FORGETS + min(guesses, right + 1)
         else:
             for length in PRIORS:
                 self._right[length] *= FORGETS_IDLY
@@ -113,18 +142,51 @@ class Cost:
         self._row_s = 0.0
         self._known = False
         """Whether a step of several rows was seen."""
+        self._computing_s = 0.0
+        """What all stages together compute a row."""
+        self._share = 1.0
+        """How much of what a step takes to compute it comes after one that was sent just before: one of five stages
+        computes it while four compute others, unless they are all on one machine."""
+        self._share_known = False
 
-    def took(self, rows: int, step_s: float, computing_s: float) -> None:
+    def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
         """Learn from a step."""
         if rows == 1:
             self._first_s += (step_s - self._first_s) * (LEARNS if self._first_s else 1.0)
+            self._computing_s = sum(computing_s)
             if not self._known:
-                self._row_s = computing_s * ROW_SHARE
+                self._row_s = self._computing_s * ROW_SHARE
+            if not self._share_known and self._computing_s:
+                self._share = max(computing_s) / self._computing_s
         elif self._first_s:
             self._first_s = min(self._first_s, step_s)
             row_s = max(0.0, (step_s - self._first_s) / (rows - 1))
             self._row_s += (row_s - self._row_s) * (LEARNS if self._known else 1.0)
             self._known = True
+
+    def took_further(self, rows: int, behind_s: float) -> None:
+        """Learn from a step that was sent right after another, and came so long after it."""
+        if self._computing_s:
+            share = behind_s / (self._computing_s + (rows - 1) * self._row_s)
+            self._share += (share - self._share) * (LEARNS if self._share_known else 1.0)
+            self._share_known = True
+
+    def best_further(self, chance: float, ahead: int, most: int, each_s: float = 0.0) -> int:
+        """How many guesses more are worth a further step at once, where `ahead` are being checked already."""
+        if not self._first_s:
+            return 0
+        all_right = chance**ahead
+        tokens = sum(chance**count for count in range(ahead + 1))
+        took_s = self._first_s + ahead * self._row_s
+        best, best_rate = 0, GAIN * tokens / took_s
+        for count in range(1, most + 1):
+            all_right *= chance
+            tokens += all_right
+            further_s = self._share * (self._computing_s + (count - 1) * self._row_s) + count * each_s
+            rate = tokens / (took_s + further_s)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
 
     def best_guesses(self, chance: float, most: int, each_s: float = 0.0) -> int:
         """How many guesses give most tokens for their time, where each is right with `chance` if those before it are,
@@ -142,7 +204,6 @@ class Cost:
         return best
 
 
-def follow(tokens: Sequence[int], start: int, count: int) -> list[int]:
-    """`count` tokens from `start` on, which may go beyond the end: what repeats there is taken to go on so."""
-    period = len(tokens) - start
-    return [tokens[start + at % period] for at in range(count)]
+def follow(tokens: Sequence[int], start: int, end: int, places: range) -> list[int]:
+    """The tokens at places from `start` on, which may lie beyond `end`: what repeats there is taken to go on so."""
+    return [tokens[start + place % (end - start)] for place in places]

@@ -35,14 +35,14 @@ class Watch:
 
     async def look(self, reader: Reader) -> None:
         """Ask the stages of a session that is late how far it has come: who is silent, who got nothing, who is slow."""
-        if reader.mending is not None or not reader.due:
+        if reader.mending is not None or reader.due is None:
             return
         sent, route, turns = reader.sent, reader.session.route, reader.turns
         there, silent, answering = await self._ask_all(reader)
         own_network = await self._is_own_network(reader, answering)
         if own_network or reader.mending is not None or reader.session.route is not route:
             return
-        if not reader.due or reader.turns != turns or reader.through >= sent:
+        if reader.due is None or reader.turns != turns or reader.through >= sent:
             return  # it goes on
         if silent:
             await self._lose_all(reader, silent)

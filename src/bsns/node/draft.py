@@ -86,33 +86,49 @@ class Drafter:
         self._each_s = 0.0
         """What one guess takes."""
         self._no_room = False
+        self._room = 0
+        """For how many tokens the draft model has room, once that is known."""
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
         guesses = self._lookup.guess(tokens, most)
         self._drafted = not guesses
         if guesses or self._no_room:
             return guesses
-        room = min(len(tokens) + most + 1, self._draft.context_tokens)
-        most = min(most, MOST_DRAFTED, room - len(tokens))
+        self._room = self._room or min(len(tokens) + most + 1, self._draft.context_tokens)
+        most = min(most, MOST_DRAFTED, self._room - len(tokens))
         # while one drafts, the others wait
         count = self._lookup.cost.best_guesses(self.chance, most, self._each_s * max(1, len(self._draft)))
-        return self._say(tokens, count, room) if count else []
+        return self._say(tokens, count) if count else []
+
+    def go_on(self, tokens: Sequence[int], ahead: Sequence[int], most: int) -> list[int]:
+        if not self._drafted:
+            return self._lookup.go_on(tokens, ahead, most)
+        text = [*tokens, *ahead]
+        most = min(most, MOST_DRAFTED, self._room - len(text))
+        count = self._lookup.cost.best_further(self.chance, len(ahead), most, self._each_s * max(1, len(self._draft)))
+        return self._say(text, count) if count else []
 
     @property
     def chance(self) -> float:
         """How likely the draft model's next guess is right, where the ones before it are."""
         return (self._right + PRIOR * PRIOR_WEIGHT) / (self._tried + PRIOR_WEIGHT)
 
-    def took(self, rows: int, right: int, step_s: float, computing_s: float) -> None:
-        self._lookup.took(rows, right, step_s, computing_s)
-        if self._drafted and rows > 1:
-            self._right = self._right * FORGETS + right
-            self._tried = self._tried * FORGETS + min(rows - 1, right + 1)
+    def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
+        self._lookup.took(rows, step_s, computing_s)
 
-    def _say(self, tokens: Sequence[int], count: int, room: int) -> list[int]:
+    def took_further(self, rows: int, behind_s: float) -> None:
+        self._lookup.took_further(rows, behind_s)
+
+    def checked(self, guesses: int, right: int) -> None:
+        self._lookup.checked(guesses, right)
+        if self._drafted and guesses:
+            self._right = self._right * FORGETS + right
+            self._tried = self._tried * FORGETS + min(guesses, right + 1)
+
+    def _say(self, tokens: Sequence[int], count: int) -> list[int]:
         if self._number is None:
             try:
-                self._number, free = self._draft.open(room)
+                self._number, free = self._draft.open(self._room)
             except NotEnoughMemory:  # an answer needs no guesses
                 self._no_room = True
                 return []

@@ -42,7 +42,7 @@ from bsns.protocol.inference import (
 from bsns.protocol.probing import Probe, Probed
 from bsns.protocol.tensors import DTYPE_BYTES, TensorSpec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 PREFIX = struct.Struct("<II")
 MAX_HEADER_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 64 * 1024 * 1024

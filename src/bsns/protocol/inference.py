@@ -30,6 +30,8 @@ from bsns.protocol.tensors import TensorSpec
 MAX_PARTS = 1024
 MAX_ROWS_PER_PART = 512
 """As many as a batch takes: a longer step would keep every other session waiting for it."""
+MAX_UNDER_WAY = 4
+"""Steps of one session whose rows the client may want while none of them has come back: a replay brings so many."""
 MAX_DEPTH = 64
 """The most stages a route may have: what each notes in a step must fit the frame's header."""
 
@@ -95,7 +97,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     hops: tuple[Passed, ...] = ()
     """For each stage passed so far."""
     turn: int = 0
-    """How often the client had drawn tokens when it sent the step: of guesses that were wrong, what a replay brings
+    """A number that no other step has whose rows the client wants: of guesses that were wrong, what a replay brings
     once more is told from what came after by nothing else."""
 
 

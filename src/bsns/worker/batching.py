@@ -61,9 +61,18 @@ class Batcher:
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    def overwritten(self, part: Part) -> int:
+        """How many of the rows that wait a step would make needless: those of its session from its place on."""
+        queue = self._queues.get(part.session, ())
+        return sum(work.part.rows for work in queue if work.part.position >= part.position)
+
     def add(self, work: Work) -> None:
+        """Let a step wait, in place of those that it overwrites: guesses that have been wrong, say."""
         id_ = work.part.session
-        self._queues.setdefault(id_, deque()).append(work)
+        queue = self._queues.setdefault(id_, deque())
+        while queue and queue[-1].part.position >= work.part.position:
+            work.session.waiting -= queue.pop().part.rows
+        queue.append(work)
         work.session.waiting += work.part.rows
         if work.part.rows <= SHORT_ROWS:
             self._stepped[id_] = work.arrived_s

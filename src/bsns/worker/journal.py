@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from collections import deque
+from typing import NamedTuple
+
 from bsns.core.errors import PositionGap
 from bsns.protocol.frames import Buffer
+from bsns.protocol.inference import MAX_UNDER_WAY
 
 REPLAY_ROWS = 128
 """Rows in one step of a replay: as many as in a chunk of a prompt."""
+
+
+class Again(NamedTuple):
+    """One step of a replay."""
+
+    rows: bytes
+    wanted: int = 0
+    """How many of the last ones the client wants."""
+    turn: int = 0
+
+
+class _Wanted(NamedTuple):
+    """A step [start, end) of which the client wanted so many rows, in which turn."""
+
+    start: int
+    end: int
+    wanted: int
+    turn: int
 
 
 class Journal:
@@ -18,10 +40,8 @@ class Journal:
     def __init__(self, row_bytes: int) -> None:
         self.row_bytes = row_bytes
         self._rows = bytearray()
-        self._last = (0, 0)
-        """Where the step that was written last begins, and how many of its rows the client wants."""
-        self.turn = 0
-        """The client's turn in which it was sent."""
+        self._wanted: deque[_Wanted] = deque(maxlen=MAX_UNDER_WAY)
+        """The steps whose rows may not have come back to the client, in the order of their places."""
 
     @property
     def end(self) -> int:
@@ -35,7 +55,7 @@ class Journal:
     def cut(self, end: int) -> None:
         """Forget what lies beyond so many positions, and what was wanted."""
         del self._rows[end * self.row_bytes :]
-        self._last = (self.end, 0)
+        self._wanted.clear()
 
     def write(self, position: int, rows: Buffer, wanted: int, turn: int = 0) -> None:
         """Note a step's output. Raises PositionGap where it does not join what there is."""
@@ -43,17 +63,24 @@ class Journal:
             raise PositionGap(f"a step sent on at {position} follows {self.end} rows; replay")
         del self._rows[position * self.row_bytes :]
         self._rows += rows
-        self._last, self.turn = (position, wanted), turn
+        # one that is overwritten in part has come back: the client knows which of its guesses was wrong
+        while self._wanted and self._wanted[-1].end > position:
+            self._wanted.pop()
+        if wanted:
+            self._wanted.append(_Wanted(position, self.end, wanted, turn))
 
-    def step(self, position: int) -> tuple[bytes, int] | None:
-        """The rows of the next step of a replay that has come to `position`, and how many of them are wanted: only of
-        the step written last are any. None at the end."""
-        start, wanted = self._last
+    def step(self, position: int) -> Again | None:
+        """The next step of a replay that has come to `position`; None at the end."""
         if position >= self.end:
             return None
-        if position < start:
-            return self._read(position, min(position + REPLAY_ROWS, start)), 0
-        return self._read(position, self.end), min(wanted, self.end - position)
+        end = min(position + REPLAY_ROWS, self.end)
+        for step in self._wanted:
+            if position < step.start:
+                end = min(end, step.start)
+                break
+            if position < step.end:
+                return Again(self._read(position, step.end), min(step.wanted, step.end - position), step.turn)
+        return Again(self._read(position, end))
 
     def _read(self, start: int, end: int) -> bytes:
         return bytes(self._rows[start * self.row_bytes : end * self.row_bytes])

@@ -162,9 +162,9 @@ class Replays:
         assert journal is not None
         while True:
             replay.written.clear()
-            while (step := journal.step(replay.position)) is not None:
-                rows, wanted = step
-                part = Part(session.id, replay.position, len(rows) // journal.row_bytes, wanted, turn=journal.turn)
+            while (again := journal.step(replay.position)) is not None:
+                rows, wanted, turn = again
+                part = Part(session.id, replay.position, len(rows) // journal.row_bytes, wanted, turn=turn)
                 replay.position += part.rows
                 tensors = (coded("hidden", self._dtype, (part.rows, self._hidden_size), session.gives),)
                 await self._relay.send(replay.peer, Step((part,), tensors), [rows])

@@ -414,7 +414,7 @@ class Worker:
         accepted: list[Work] = []
         for part in message.parts:
             try:
-                session = self.sessions.step(part, codec, stream.peer, now_s)
+                session = self.sessions.step(part, codec, stream.peer, now_s, self._batcher.overwritten(part))
             except BsnsError as error:
                 self._report(self._client_of(part.session, stream), part.session, error)
             else:

@@ -279,8 +279,9 @@ class SessionTable:
         others = f" and {clients} that wait" if clients else ""
         raise CacheFull(f"{asked} beside {len(self)} sessions{others}; ask for fewer or wait for one to end")
 
-    def step(self, part: Part, codec: str, sender: PeerId, now_s: float) -> Session:
-        """Check a step in a codec and note it. Raises UnknownSession, PositionGap or BadFrame; nothing is noted then.
+    def step(self, part: Part, codec: str, sender: PeerId, now_s: float, overwritten: int = 0) -> Session:
+        """Check a step in a codec and note it; so many of the rows that wait it makes needless. Raises UnknownSession,
+        PositionGap or BadFrame; nothing is noted then.
 
         A step of a session that belongs to others looks unknown, so that strangers cannot probe for sessions.
         """
@@ -298,7 +299,7 @@ class SessionTable:
             raise PositionGap(f"the step starts at {part.position}, this stage has only {session.end} tokens; replay")
         if part.position + part.rows > session.max_tokens:
             raise BadFrame(f"the step ends at {part.position + part.rows}, beyond the {session.max_tokens} reserved")
-        if session.waiting + part.rows > session.max_tokens:
+        if session.waiting - overwritten + part.rows > session.max_tokens:
             raise BadFrame(
                 f"{session.waiting} rows wait to be computed already, of {session.max_tokens} tokens reserved"
             )

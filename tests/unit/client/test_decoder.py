@@ -90,7 +90,7 @@ async def test_a_turn_serves_all_that_arrived(desk: Desk) -> None:
         ((total_ms, said_hops),) = item.answer.turns_ms
         assert total_ms >= 0
         assert said_hops == hops
-        assert item.answer.sent_s > 0
+        assert [(line.tokens, line.sent_s > 0) for line in item.answer.under_way] == [(item.tokens, True)]
 
 
 async def test_the_last_token_is_not_embedded(desk: Desk) -> None:

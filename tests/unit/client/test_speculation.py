@@ -15,7 +15,7 @@ from bsns.client.sampling import SamplingOptions
 from bsns.client.speculation import MOST, PRIORS, Cost, Lookup, follow
 from bsns.core.ids import PeerId
 from bsns.protocol.codecs import RAW
-from bsns.protocol.inference import Part
+from bsns.protocol.inference import MAX_UNDER_WAY, Part
 from bsns.worker.replays import MAX_REWINDS
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -30,8 +30,10 @@ class Oracle:
 
     quick = True
 
-    def __init__(self, line: Sequence[int], wrong: float = 0.0, most: int = 6) -> None:
-        self.line, self.wrong, self.most = line, wrong, most
+    def __init__(self, line: Sequence[int], wrong: float = 0.0, most: int = 6, *, further: bool = False) -> None:
+        """`further`: whether it goes on while guesses are being checked."""
+        self.line, self.wrong, self.most, self.further = line, wrong, most, further
+        self.went_on = 0
         self.rng = random.Random(5)
         self.heard: list[tuple[int, int]] = []
 
@@ -41,10 +43,25 @@ class Oracle:
         known = self.line[len(tokens) : len(tokens) + count]
         return [token if self.rng.random() >= self.wrong else (token + 1) % 50 for token in known]
 
-    def took(self, rows: int, right: int, step_s: float, computing_s: float) -> None:
-        self.heard.append((rows, right))
+    def go_on(self, tokens: Sequence[int], ahead: Sequence[int], most: int) -> list[int]:
+        assert list(tokens) == list(self.line[: len(tokens)])
+        if not self.further:
+            return []
+        said = self.guess([*tokens, *self.line[len(tokens) : len(tokens) + len(ahead)]], most)
+        self.went_on += bool(said)
+        return said
+
+    def checked(self, guesses: int, right: int) -> None:
+        self.heard.append((guesses, right))
+
+    def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
+        assert rows >= 1
         assert step_s > 0
-        assert computing_s >= 0
+        assert all(each_s >= 0 for each_s in computing_s)
+
+    def took_further(self, rows: int, behind_s: float) -> None:
+        assert rows >= 1
+        assert behind_s >= 0
 
 
 class Scene:
@@ -95,7 +112,7 @@ async def test_the_same_tokens_in_fewer_steps(scene: Scene, options: SamplingOpt
     if wrong == 0.0:
         # the prompt's step brings one token, each further one seven, and the last what is left
         assert len(stats.turns_ms) == 1 + -(-(len(expected) - 1) // 7)
-        assert set(oracle.heard) == {(7, 6)}
+        assert set(oracle.heard) == {(6, 6), (2, 2)}
     if wrong == 1.0:
         assert len(stats.turns_ms) == len(expected)
         assert all(right == 0 for _, right in oracle.heard)
@@ -124,13 +141,74 @@ async def test_guesses_keep_to_the_room_there_is(scene: Scene) -> None:
     assert await answer(scene.client(oracle), prompt(480), long) == expected
 
 
+@pytest.mark.parametrize("options", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("wrong", [0.0, 0.1, 0.5])
+async def test_the_next_steps_go_on_before_the_last_is_back(
+    scene: Scene, options: SamplingOptions, wrong: float
+) -> None:
+    await scene.start()
+    expected = await scene.undisturbed(options)
+    oracle, stats = Oracle([*PROMPT, *expected], wrong, most=4, further=True), Stats()
+    client = scene.client(oracle)
+    under_way: list[int] = []
+    tokens: list[int | None] = []
+    async for piece in client.stream(PROMPT, options, stats):
+        tokens.append(piece.token)
+        under_way += [len(reader.awaited) for reader in client._readers.values()]
+    assert tokens == expected
+    assert oracle.went_on > 3
+    assert max(under_way) == (MAX_UNDER_WAY if wrong < 0.5 else 3)
+    assert client.tally.right == sum(right for _, right in oracle.heard)
+    if wrong == 0.0:
+        # the prompt's step brings one token, the next one more than its guesses, and each further one its own
+        assert len(stats.turns_ms) == 2 + -(-(len(expected) - 6) // 4)
+        assert client.tally.guesses == client.tally.right == len(expected) - 2
+    await until(lambda: not any(len(node.worker.sessions) for node in scene.swarm.nodes.values()))
+
+
+async def test_an_answer_that_ends_amid_steps_is_kept_when_they_have_passed(scene: Scene) -> None:
+    await scene.start()
+    expected = await scene.undisturbed(GREEDY)
+    upto = next(at + 1 for at, token in enumerate(expected) if at > 30 and token not in expected[:at])
+    end = expected[upto - 1]
+    oracle = Oracle([*PROMPT, *expected], most=3, further=True)
+    client = scene.client(oracle, end_tokens={end}, keep_sessions=4)
+    assert await answer(client, PROMPT, GREEDY) == expected[:upto]
+    assert client._trailing, "its last guesses are on their way"
+    await until(lambda: len(client._kept) == 1)
+    assert not client._trailing
+    longer = [*PROMPT, *expected[:upto], *prompt(5)]
+    stats = Stats()
+    again = [piece.token async for piece in client.stream(longer, GREEDY, stats, guess=False)]
+    assert stats.cached_tokens == len(PROMPT) + upto - 1
+    fresh = scene.client(end_tokens={end})
+    assert again == await answer(fresh, longer, GREEDY)
+
+
+async def test_an_answer_that_ends_amid_steps_that_are_lost_is_not_kept(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bsns.client.generate.RESUME_S", 0.05)
+    await scene.start()
+    expected = await scene.undisturbed(GREEDY)
+    client = scene.client(Oracle([*PROMPT, *expected]), keep_sessions=4)
+    stream = client.stream(PROMPT, GREEDY)
+    await anext(stream)
+    (reader,) = client._readers.values()
+    async for _ in stream:
+        reader.trailing = 10**6
+    await until(lambda: not any(len(node.worker.sessions) for node in scene.swarm.nodes.values()))
+    assert (len(client._kept), client._trailing) == (0, {})
+
+
+@pytest.mark.parametrize("further", [False, True], ids=["alone", "further"])
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("lost", ["a0", "a1", "a2"])
 @pytest.mark.parametrize("after", [4, 11, 23])
-async def test_a_stage_lost_among_guesses(scene: Scene, lost: str, after: int, warm: bool) -> None:
+async def test_a_stage_lost_among_guesses(scene: Scene, lost: str, after: int, warm: bool, further: bool) -> None:
     await scene.start("ab")
     expected = await scene.undisturbed(SEEDED)
-    client = scene.client(Oracle([*PROMPT, *expected], wrong=0.3), warm_spares=warm)
+    client = scene.client(Oracle([*PROMPT, *expected], wrong=0.3, further=further), warm_spares=warm)
     stream = client.stream(PROMPT, SEEDED)
     tokens = [(await anext(stream)).token for _ in range(after)]
     scene.swarm.network.kill(PeerId(lost))
@@ -161,8 +239,9 @@ async def test_spares_follow_more_wrong_guesses_than_a_ring_would_make(scene: Sc
 def told(lookup: Lookup, *, row_s: float = 0.001, steps: int = 3) -> Lookup:
     """One that knows what a step takes: 0.1 s, and so much more for each further row."""
     for _ in range(steps):
-        lookup.took(1, 0, 0.1, 0.05)
-    lookup.took(11, 5, 0.1 + 10 * row_s, 0.05)
+        lookup.took(1, 0.1, [0.05])
+    lookup.took(11, 0.1 + 10 * row_s, [0.05])
+    lookup.checked(10, 5)
     return lookup
 
 
@@ -202,27 +281,59 @@ def test_wrong_guesses_become_rare_and_right_ones_many() -> None:
     for _ in range(60):
         guesses = lookup.guess(tokens, MOST)
         counts.append(len(guesses))
-        lookup.took(1 + len(guesses), 0, 0.1 + 0.01 * len(guesses), 0.05)
+        lookup.took(1 + len(guesses), 0.1 + 0.01 * len(guesses), [0.05])
+        lookup.checked(len(guesses), 0)
     assert 0 < sum(count > 0 for count in counts[10:]) < 10, "it tries again, and seldom"
     for _ in range(20):
         lookup._matched = 4
-        lookup.took(9, 8, 0.18, 0.05)
+        lookup.checked(8, 8)
     assert len(lookup.guess(tokens, MOST)) > 20
+
+
+def test_what_goes_on_goes_on_with_what_was_copied() -> None:
+    lookup = told(Lookup(), row_s=1e-6)
+    for _ in range(9):
+        lookup._matched = 3
+        lookup.checked(8, 8)
+    lookup._matched = 0
+    tokens = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    assert lookup.go_on(tokens, [], 4) == []
+    first = lookup.guess(tokens, 4)
+    assert first == [4, 5, 6, 1]
+    assert lookup.go_on(tokens, first, 3) == [2, 3, 4]
+    lookup.checked(5, 5)
+    assert lookup.go_on([*tokens, *first, 2], [3, 4], 5) == [5, 6, 1, 2, 3]
+    assert lookup.go_on(tokens, first, 0) == []
+
+
+def test_a_further_step_has_to_be_worth_its_while() -> None:
+    cost = Cost()
+    assert cost.best_further(0.99, 8, 64) == 0, "nothing is known yet"
+    cost.took(1, 0.4, [0.002] * 5)
+    assert cost.best_further(0.99, 30, 64) > 30
+    assert cost.best_further(0.5, 8, 64) == 0, "it would be in vain"
+    assert cost.best_further(0.99, 30, 0) == 0
+    near = Cost()
+    near.took(1, 0.01, [0.002] * 5)
+    assert near.best_further(0.95, 10, 64) > 5, "the stages work on both at once"
+    for _ in range(3):
+        near.took_further(11, 0.02)
+    assert near.best_further(0.95, 10, 64) == 0, "as they do not on one machine"
 
 
 def test_dear_rows_are_not_guessed_for() -> None:
     cost = Cost()
-    cost.took(1, 0.1, 0.1)
-    cost.took(5, 0.5, 0.5)
+    cost.took(1, 0.1, [0.1])
+    cost.took(5, 0.5, [0.5])
     assert cost.best_guesses(0.9, 8) == 0
     cheap = Cost()
-    cheap.took(1, 0.1, 0.01)
+    cheap.took(1, 0.1, [0.01])
     assert cheap.best_guesses(0.9, 64) > 8
     assert [cheap.best_guesses(0.0, 8), cheap.best_guesses(0.9, 0)] == [0, 0]
 
 
 def test_what_repeats_goes_on() -> None:
-    assert follow([1, 2, 3], 1, 5) == [2, 3, 2, 3, 2]
+    assert follow([1, 2, 3, 4], 1, 3, range(5)) == [2, 3, 2, 3, 2]
     assert sorted(PRIORS) == [2, 3, 4]
 
 
@@ -236,8 +347,10 @@ async def test_what_a_replay_brings_of_wrong_guesses_is_not_taken(scene: Scene) 
     (reader,) = client._readers.values()
     late = Part(reader.session.id, reader.through, 1, 1, turn=reader.turns - 1)
     wrong = memoryview(bytes(range(1, 5)) * scene.ends.hidden_size)
-    assert (reader.due, late.position + 1) == (True, reader.goal)
+    due = reader.due
+    assert due is not None
+    assert late.position + 1 == reader.goal
     client._on_results(PeerId("a2"), RAW, [(late, wrong)])
-    assert reader.due
+    assert reader.due == due
     tokens += [piece.token async for piece in stream]
     assert (tokens, client.repairs) == (expected, 0)

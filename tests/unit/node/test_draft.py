@@ -32,7 +32,7 @@ def draft(source: ModelSource, prompts: Prompts) -> Draft:
 def ready(draft: Draft, step_s: float = 1.0) -> Drafter:
     """A guesser that knows what a step takes: so long that guesses are worth it."""
     drafter = draft.guesser()
-    drafter.took(1, 0, step_s, 1e-3)
+    drafter.took(1, step_s, [1e-3])
     return drafter
 
 
@@ -51,7 +51,8 @@ def test_guesses_are_what_the_model_says(draft: Draft, prompts: Prompts) -> None
     first = drafter.guess(text, 50)
     assert 3 <= len(first) <= MOST_DRAFTED
     assert first == says(draft, text, len(first))
-    drafter.took(1 + len(first), 2, 1.1, 2e-3)
+    drafter.took(1 + len(first), 1.1, [2e-3])
+    drafter.checked(len(first), 2)
     other = [*text, *first[:2], first[2] + 1]
     then = drafter.guess(other, 50)
     assert then
@@ -59,12 +60,32 @@ def test_guesses_are_what_the_model_says(draft: Draft, prompts: Prompts) -> None
     assert len(drafter.guess([*other, *then], 2)) <= 2
 
 
+def test_it_goes_on_from_what_is_being_checked(draft: Draft, prompts: Prompts) -> None:
+    text = prompts.encode("The three longest rivers of the world are")
+    drafter = ready(draft)
+    for _ in range(3):
+        drafter._drafted = True
+        drafter.checked(10, 10)
+    first = drafter.guess(text, 80)
+    more = drafter.go_on(text, first, 80 - len(first))
+    assert more
+    assert [*first, *more] == says(draft, text, len(first) + len(more))
+    drafter.checked(len(first) + 1, len(first) + 1)
+    then = drafter.go_on([*text, *first, more[0]], more[1:], 40)
+    assert [*first, *more, *then] == says(draft, text, len(first) + len(more) + len(then))
+    assert drafter.go_on(text, first, 0) == []
+    for _ in range(12):
+        drafter.checked(len(first), 0)
+    assert drafter.go_on(text, first, 50) == [], "not where it is mostly wrong"
+
+
 def test_it_guesses_less_where_it_is_wrong_or_steps_are_short(draft: Draft, prompts: Prompts) -> None:
     text = prompts.encode("The three longest rivers of the world are")
     drafter = ready(draft)
     many = len(drafter.guess(text, 50))
     for _ in range(6):
-        drafter.took(1 + many, 0, 1.0, 1e-3)
+        drafter.took(1 + many, 1.0, [1e-3])
+        drafter.checked(many, 0)
     assert drafter.chance < 0.2
     assert len(drafter.guess(text, 50)) < many
     quick = ready(draft, 1e-6)

@@ -45,6 +45,23 @@ def test_a_batch_knows_its_start_rows_and_blocks() -> None:
     assert [chosen.started_s for chosen in batch.works] == [7.5, 7.5]
 
 
+def test_a_step_takes_the_place_of_those_that_it_overwrites() -> None:
+    batcher, mine = Batcher(), session(1)
+    batcher.add(work(session(2), 3))
+    for position, rows in ((5, 4), (9, 4), (13, 4)):
+        batcher.add(work(mine, rows, position))
+    again = work(mine, 2, 9)
+    assert batcher.overwritten(again.part) == 8
+    batcher.add(again)
+    assert (mine.waiting, len(batcher)) == (6, 3)
+    batcher.add(work(mine, 1, 10))
+    places = []
+    while (batch := batcher.next_batch(0.0)) is not None:
+        places += [chosen.part.position for chosen in batch.works if chosen.session is mine]
+    assert places == [5, 9, 10]
+    assert mine.waiting == 0
+
+
 def test_short_steps_go_before_younger_prompt_chunks() -> None:
     batcher = Batcher(max_rows=100)
     batcher.add(work(session(5), 1, at_s=0.0))

@@ -393,7 +393,7 @@ async def test_wrong_parts_fail_their_session_alone(bench: Bench, part: Part, co
 
 
 async def test_a_client_cannot_pile_up_steps(bench: Bench) -> None:
-    """A step may be repeated, but no session has more rows waiting than it reserved tokens."""
+    """A step may be repeated, in place of what waits, but no session has more rows waiting than it reserved tokens."""
     node = await bench.node("n")
     node.worker.block_time_s = 1.0  # slow, so that batches run on the thread
     executor = bench.executors["n"]
@@ -402,14 +402,16 @@ async def test_a_client_cannot_pile_up_steps(bench: Bench) -> None:
     executor.may_run.clear()
     await caller.step(0, 32)
     await until(executor.running.is_set)
-    for rows in (20, 12, 1):  # the first runs
+    for rows in (32, 32, 20):
         await caller.step(0, rows)
+    for position, rows in ((12, 12), (23, 1)):  # each goes on within the one before
+        await caller.step(position, rows)
     failure = await caller.failure()
     assert (failure.session, failure.code) == (1, "BadFrame")
     assert "32 rows wait" in failure.message
     executor.may_run.set()
-    for rows in (32, 20, 12):
-        assert np.array_equal((await caller.result())[1], hidden(0, rows) + 1)
+    for position, rows in ((0, 32), (0, 20), (12, 12)):
+        assert np.array_equal((await caller.result())[1], hidden(position, rows) + 1)
     await caller.step(0, 32)
     assert np.array_equal((await caller.result())[1], hidden(0, 32) + 1)
 
@@ -722,7 +724,7 @@ async def test_a_session_can_be_led_around_a_lost_stage(bench: Bench) -> None:
     around = Reroute(SessionId(1), None, PeerId("spare"), spare.transport.addresses, again=True)
     assert await callers["first"].ask(around) == Rerouted(SessionId(1))
     result, _ = await callers["spare"].result()
-    assert [(part.position, part.rows, part.wanted) for part in result.parts] == [(2, 1, 0)]
+    assert [(part.position, part.rows, part.wanted) for part in result.parts] == [(2, 1, 1)]
     result, rows = await callers["spare"].result()
     assert [(part.position, part.rows, part.wanted) for part in result.parts] == [(3, 2, 2)]
     assert np.array_equal(rows, hidden(3, 2) + 2)
