@@ -5,7 +5,8 @@ them; what computes alone has every core. For a single answer one of a chain's p
 rows with `all_cores` in their names, whose processes have every core each, as on two machines. Nobody guesses: random
 weights repeat themselves, and guesses would all be right.
 
-Whoever is not installed, does not start or fails is left out with the reason, and the others go on.
+Whoever is not installed, does not start or fails is left out with the reason, and the others go on; what was measured
+in whole rounds before counts.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Race:
             "ratio": {
                 ours: {
                     theirs: {
-                        f"tps_{n}": round(statistics.median(a / b for a, b in zip(taken, others[n], strict=True)), 2)
+                        f"tps_{n}": round(statistics.median(a / b for a, b in zip(taken, others[n], strict=False)), 2)
                         for n, taken in rates.items()
                     }
                     for theirs, others in self.rates.items()
@@ -116,7 +117,7 @@ async def race(
     round_deadline_s: float = ROUND_DEADLINE_S,
     budget_s: float = BUDGET_S,
 ) -> Race:
-    """All are started, and take turns, round after round. Whoever fails is ended, and left out of everything.
+    """All are started, and take turns, round after round. Whoever fails is ended, and left out of what follows.
 
     No round is begun that would end after `budget_s`, if it took as long as the one before.
     """
@@ -125,8 +126,12 @@ async def race(
         running: dict[str, tuple[Rate, AsyncExitStack]] = {}
 
         async def drop(name: str, error: Exception) -> None:
-            result.left_out[name] = str(error) or "it took too long; measure on a machine that does nothing else"
-            result.rates.pop(name, None)
+            reason = str(error) or "it took too long; measure on a machine that does nothing else"
+            result.left_out[name] = f"in round {result.rounds + 1}: {reason}" if result.rounds else reason
+            for taken in result.rates.get(name, {}).values():
+                del taken[result.rounds :]
+            if not result.rounds:
+                result.rates.pop(name, None)
             told(f"rivals: {name} is left out: {result.left_out[name]}")
             if name in running:
                 await running.pop(name)[1].aclose()
@@ -225,7 +230,7 @@ async def _swarm(setting: Setting, quant: str, threads: int) -> AsyncIterator[Lo
 
 @contextlib.asynccontextmanager
 async def _ours(setting: Setting, quant: str, threads: int) -> AsyncIterator[Rate]:
-    """Two nodes, through a client in this process, which has the embedding and the head, in bfloat16."""
+    """Two nodes, through a client in this process, which has the embedding and the head."""
     options = {"dtype": DTYPE, "threads": threads, "wire": "none", "speculate": False, "keep_sessions": 0}
     async with (
         _swarm(setting, quant, threads) as swarm,

@@ -20,18 +20,25 @@ from bsns.model.tensors import TORCH_DTYPES, to_memory
 
 Project = Callable[[memoryview], NDArray[np.float32]]
 """The bytes of activations (N, hidden) as logits (N, vocabulary), by one caller at a time."""
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""How far a projection may be from the library's logits, relative to the largest of them."""
+AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}
+"""How far a projection that keeps its weights so may be from the library's logits, relative to the largest of them."""
 
 
 class Ends:
     """Embedding, last norm and head of a model. May be called from several threads."""
 
     def __init__(
-        self, path: Path, *, dtype: str = "bfloat16", device: str = "cpu", project: Project | None = None
+        self,
+        path: Path,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        project: Project | None = None,
+        weights: str | None = None,
     ) -> None:
         """Load the ends from a safetensors directory; `project` computes the last norm and the head where it gives
-        what the library does. Raises as `load_cut`."""
+        what the library does, as nearly as can be with weights kept in `weights`. Raises as `load_cut`."""
+        self._agreement = AGREEMENT.get(weights or dtype, 0.0)
         self.dtype = TORCH_DTYPES[dtype]
         self.device = torch.device(device)
         config = load_config(path)
@@ -83,7 +90,7 @@ class Ends:
         expected_NV, ours_NV = self._library_logits(hidden_ND), torch.from_numpy(project(to_memory(hidden_ND)))
         if ours_NV.shape != expected_NV.shape:
             return False
-        return bool((ours_NV - expected_NV).abs().max() <= AGREEMENT[self.dtype] * expected_NV.abs().max())
+        return bool((ours_NV - expected_NV).abs().max() <= self._agreement * expected_NV.abs().max())
 
     @torch.inference_mode()
     def _check(self, model: torch.nn.Module, tokens: torch.Tensor) -> None:

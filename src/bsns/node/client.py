@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,11 +28,12 @@ from bsns.core.errors import BadOption, MissingBlocks
 from bsns.core.ids import PeerId
 from bsns.model.source import SMOLLM2, ModelSource, resolve
 from bsns.node.draft import Draft
-from bsns.node.ends import load_ends
+from bsns.node.ends import head_weights, load_ends
 from bsns.node.peer import Peer
 from bsns.node.view import NodeStatus, View
 from bsns.node.wires import AUTO, Wires, check_wire
 from bsns.planning.selection import Weights
+from bsns.protocol.records import NodeRecord
 from bsns.protocol.tensors import DTYPE_BYTES
 from bsns.routing.chain import Aim, Route, Wish
 
@@ -210,9 +212,12 @@ class Client:
         source = self._source
         if self._peer is None:
             self._peer = await Peer.join(self._invite, None)
-        dtype = await self._choose_dtype(View(self._peer.directory, source.model_id, None, source.block_count))
+        view = View(self._peer.directory, source.model_id, None, source.block_count)
+        records = [record for record in await view.records() if record.state == "serving"]
+        dtype = self._choose_dtype(records)
+        load = partial(load_ends, source, dtype=dtype, weights=head_weights(records, dtype))
         ends, prompts = await asyncio.gather(
-            asyncio.to_thread(load_ends, source, dtype=dtype, device=self._device, threads=self._threads),
+            asyncio.to_thread(load, device=self._device, threads=self._threads),
             asyncio.to_thread(Prompts, source.path),
         )
         guesser: Callable[[], Guesser] | None = Lookup if self._speculate else None
@@ -260,9 +265,8 @@ class Client:
     def _load_draft(self, name: str, prompts: Prompts, dtype: str) -> Draft:
         return Draft(resolve(name), prompts, dtype=dtype, threads=self._threads)
 
-    async def _choose_dtype(self, view: View) -> str:
+    def _choose_dtype(self, records: Sequence[NodeRecord]) -> str:
         """The dtype whose nodes cover the model. Raises MissingBlocks, naming what is missing."""
-        records = [record for record in await view.records() if record.state == "serving"]
         gaps: tuple[BlockRange, ...] = (BlockRange(0, self.source.block_count),)
         for dtype in sorted({r.dtype for r in records} if self._dtype == "auto" else {self._dtype}):
             gaps = missing_blocks(

@@ -70,10 +70,20 @@ async def test_who_is_not_there_is_left_out_with_the_reason_and_the_others_go_on
     assert any("a is not installed" in line for line in track.told)
 
 
-async def test_who_falls_is_ended_at_once_and_left_out_of_all_figures() -> None:
+async def test_who_falls_is_ended_at_once_and_counts_as_far_as_it_went() -> None:
     track = Track()
-    found = await track.run(2, a=track.contender("a", fails_in_turn=4), b=track.contender("b"))
-    assert track.happened == ["a 1", "a 16", "b 1", "b 16", "a 1", "a 16", "a ended", "b 1", "b 16", "b ended"]
+    found = await track.run(3, a=track.contender("a", fails_in_turn=4), bsns_b=track.contender("b"))
+    assert track.happened[:7] == ["a 1", "a 16", "b 1", "b 16", "a 1", "a 16", "a ended"]
+    assert track.happened.count("a ended") == 1
+    assert found.left_out == {"a": "in round 2: a fell"}
+    assert found.rates["a"] == {1: [1.0], 16: [16.0]}
+    assert found.report()["ratio"] == {"bsns_b": {"a": {"tps_1": 1.0, "tps_16": 1.0}}}
+
+
+async def test_who_falls_in_the_first_round_is_left_out_of_all_figures() -> None:
+    track = Track()
+    found = await track.run(2, a=track.contender("a", fails_in_turn=2), b=track.contender("b"))
+    assert track.happened == ["a 1", "a 16", "a ended", "b 1", "b 16", "b 1", "b 16", "b ended"]
     assert found.left_out == {"a": "a fell"}
     assert list(found.report()) == ["b", "ratio", "left_out", "rounds"]
 

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from native_stages import needs_native
+from test_view import HONEST
 
 from bsns.model.ends import AGREEMENT, Ends
 from bsns.model.source import resolve
 from bsns.native.projection import Projection
-from bsns.node.ends import load_ends
+from bsns.node.ends import head_weights, load_ends
 
 pytestmark = needs_native
 TinyModel = Callable[[str], Path]
@@ -37,7 +39,28 @@ def test_logits_are_the_librarys(family: str, dtype: str, tiny_model: TinyModel)
         actual_NV, expected_NV = ours.logits(hidden_ND), theirs.logits(hidden_ND)
         assert actual_NV.shape == expected_NV.shape
         assert actual_NV.dtype == torch.float32
-        assert float((actual_NV - expected_NV).abs().max() / expected_NV.abs().max()) <= AGREEMENT[ours.dtype]
+        assert float((actual_NV - expected_NV).abs().max() / expected_NV.abs().max()) <= AGREEMENT[dtype]
+
+
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_a_head_in_8_bits_says_nearly_the_same(family: str, tiny_model: TinyModel) -> None:
+    source = resolve(str(tiny_model(family)))
+    ours, theirs = load_ends(source, dtype="bfloat16", weights="int8"), load_ends(source, dtype="bfloat16")
+    hidden_ND = activations(ours, 40)
+    actual_NV, expected_NV = ours.logits(hidden_ND), theirs.logits(hidden_ND)
+    off = float((actual_NV - expected_NV).abs().max() / expected_NV.abs().max())
+    assert 0 < off <= AGREEMENT["int8"]
+    assert torch.equal(ours.logits(hidden_ND[3:4])[0], actual_NV[3]), "whatever other rows there are"
+
+
+def test_the_head_is_kept_as_the_blocks_are() -> None:
+    float32, int8, int4, plain = [
+        msgspec.structs.replace(HONEST, dtype=dtype, quant=quant)
+        for dtype, quant in (("float32", "none"), ("bfloat16", "int8"), ("bfloat16", "int4"), ("bfloat16", "none"))
+    ]
+    assert head_weights([float32, int8, int4], "bfloat16") == "int8"
+    assert head_weights([float32, int8, int4], "float32") == "float32"
+    assert head_weights([float32, int8, plain], "bfloat16") == "bfloat16"
 
 
 @pytest.mark.parametrize("family", LIKE_LLAMA)
