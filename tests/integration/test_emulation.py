@@ -46,6 +46,14 @@ def test_ways_delay_and_pace_as_asked() -> None:
     assert own_places() == set()
 
 
+def test_what_a_lossy_way_loses_comes_again() -> None:
+    with Network(2) as network:
+        lossy = Way(0.001, 12.5e6, loss=0.05)
+        network.shape({(0, 1): lossy, (1, 0): lossy})
+        assert measure(network, 0, 1, echoes=40).bytes_per_s > 0
+        assert network.counts().dropped > 0
+
+
 def test_a_killed_owner_leaves_only_what_the_next_one_removes() -> None:
     code = (
         "import os\nfrom bsns.bench.emulation import Network\n"

@@ -1,7 +1,7 @@
 """An emulated network on this machine: places with an address each, and ways between them with a delay and a rate.
 
 A place is a Linux network namespace with a TUN device; what a process in it sends comes out at the forwarder
-(bench.forwarder), which hands it on after the way's delay, at its rate. Needs root. Names carry our process id, so that
+(bench.forwarder), which hands it on after the way's delay, at its rate, or loses it. Needs root. Names carry our process id, so that
 whoever comes later can remove what a process that was killed has left.
 """
 
@@ -45,6 +45,8 @@ class Way:
 
     delay_s: float = 0.0
     bytes_per_s: float = math.inf
+    loss: float = 0.0
+    """The share of packets that do not arrive, at random."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class Network:
 
     def shape(self, ways: Mapping[tuple[int, int], Way]) -> None:
         """Replace the ways from one place to another, given as (from, to); in force when this returns."""
-        self._ask([[a, b, way.delay_s, way.bytes_per_s] for (a, b), way in ways.items()])
+        self._ask([[a, b, way.delay_s, way.bytes_per_s, way.loss] for (a, b), way in ways.items()])
 
     def cut(self, place: int) -> None:
         """Cut a place off: what it and the others send each other from now on is lost, and no connection is reset."""

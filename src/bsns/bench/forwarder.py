@@ -1,8 +1,8 @@
 """The forwarder of an emulated network: takes IP packets from TUN devices and hands them on late, at a link's rate.
 
 A process of its own, `python -m bsns.bench.forwarder FD…`, the devices in the order of their addresses' last byte, from
-1 on. Each line of standard input is a JSON list of [from, to, delay_s, bytes_per_s] that replaces the ways between two
-devices from now on; the answer is a line with what was counted so far. It ends with its standard input.
+1 on. Each line of standard input is a JSON list of [from, to, delay_s, bytes_per_s, loss] that replaces the ways between
+two devices from now on; the answer is a line with what was counted so far. It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ctypes
 import heapq
 import json
 import os
+import random
 import select
 import sys
 import time
@@ -26,26 +27,31 @@ PR_SET_TIMERSLACK = 29
 
 
 class Wire:
-    """One direction between two places: a packet takes its turn at `bytes_per_s`, then travels for `delay_s`.
+    """One direction between two places: a packet takes its turn at `bytes_per_s`, then travels for `delay_s`, if it is
+    not one of those that are lost on the way: `loss` of them, at random, and always the same ones.
 
     A wire of rate 0 is cut: what is sent there is lost, and nobody is told.
     """
 
-    __slots__ = ("_free_s", "bytes_per_s", "delay_s")
+    __slots__ = ("_free_s", "_random", "bytes_per_s", "delay_s", "loss")
 
-    def __init__(self, delay_s: float = 0.0, bytes_per_s: float = float("inf")) -> None:
+    def __init__(self, delay_s: float = 0.0, bytes_per_s: float = float("inf"), loss: float = 0.0) -> None:
         self.delay_s = delay_s
         self.bytes_per_s = bytes_per_s
+        self.loss = loss
         self._free_s = 0.0
+        self._random = random.Random(0)
 
     def due_s(self, now_s: float, size: int) -> float | None:
-        """When a packet given now arrives; None if the queue before it is full, or the wire is cut."""
+        """When a packet given now arrives; None if the queue before it is full, it is lost, or the wire is cut."""
         if not self.bytes_per_s:
             return None
         begin_s = max(now_s, self._free_s)
         if begin_s - now_s > QUEUE_S:
             return None
         self._free_s = begin_s + size / self.bytes_per_s
+        if self.loss and self._random.random() < self.loss:
+            return None
         return self._free_s + self.delay_s
 
 
@@ -62,9 +68,9 @@ class Forwarder:
         self._number = 0
 
     def reshape(self, ways: Sequence[Sequence[float]]) -> None:
-        """Replace wires; each entry is (from, to, delay_s, bytes_per_s)."""
-        for one, other, delay_s, bytes_per_s in ways:
-            self._wires[int(one), int(other)] = Wire(delay_s, bytes_per_s)
+        """Replace wires; each entry is (from, to, delay_s, bytes_per_s, loss)."""
+        for one, other, *way in ways:
+            self._wires[int(one), int(other)] = Wire(*way)
 
     def take(self, place: int, packet: bytes, now_s: float) -> None:
         """Put a packet on its wire; what is not for a place by IPv4 (RFC 791: address ends at byte 19) is ignored."""

@@ -13,7 +13,7 @@ class Tally:
     waiting: int = 0
     """Answers that have no session yet: they look for a route, or stand in line for room."""
     guesses: int = 0
-    """Tokens that were sent along to be checked, of turns that have come back."""
+    """Tokens that were sent along to be checked."""
     right: int = 0
     """Those of them that were right."""
     sent_bytes: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))

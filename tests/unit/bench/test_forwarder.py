@@ -39,6 +39,13 @@ def test_a_full_queue_drops_and_recovers() -> None:
     assert wire.due_s(1.0, 100) == pytest.approx(1.1)
 
 
+def test_a_lossy_wire_loses_its_share_and_the_same_ones_each_time() -> None:
+    wires = Wire(0.5, 1e6, 0.1), Wire(0.5, 1e6, 0.1)
+    fates, again = [[wire.due_s(float(at), 100) is None for at in range(5000)] for wire in wires]
+    assert fates == again
+    assert sum(fates) == pytest.approx(500, abs=80)
+
+
 class Ends:
     """Three devices stood for by socket pairs: what is forwarded can be read at the other ends."""
 
