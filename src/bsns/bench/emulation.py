@@ -1,8 +1,8 @@
 """An emulated network on this machine: places with an address each, and ways between them with a delay and a rate.
 
 A place is a Linux network namespace with a TUN device; what a process in it sends comes out at the forwarder
-(bench.forwarder), which hands it on after the way's delay, at its rate, or loses it. Needs root. Names carry our process id, so that
-whoever comes later can remove what a process that was killed has left.
+(bench.forwarder), which hands it on after the way's delay, at its rate, or loses it. Needs root. Names carry our
+process id, so that whoever comes later can remove what a process that was killed has left.
 """
 
 from __future__ import annotations

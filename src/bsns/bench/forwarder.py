@@ -1,8 +1,8 @@
 """The forwarder of an emulated network: takes IP packets from TUN devices and hands them on late, at a link's rate.
 
 A process of its own, `python -m bsns.bench.forwarder FD…`, the devices in the order of their addresses' last byte, from
-1 on. Each line of standard input is a JSON list of [from, to, delay_s, bytes_per_s, loss] that replaces the ways between
-two devices from now on; the answer is a line with what was counted so far. It ends with its standard input.
+1 on. Each line of standard input is a JSON list of [from, to, delay_s, bytes_per_s, loss] that replaces the ways
+between two devices from now on; the answer is a line with what was counted so far. It ends with its standard input.
 """
 
 from __future__ import annotations
