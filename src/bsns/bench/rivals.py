@@ -51,6 +51,8 @@ START_DEADLINE_S = 420.0
 ROUND_DEADLINE_S = 150.0
 """What one measurement may take, loading included."""
 BUDGET_S = 840.0
+CONNECTS_APART_S = 0.1
+"""language-pipes' server lets five connections wait to be taken, and more at once are refused or come a second late."""
 
 Told = Callable[[str], None]
 Rate = Callable[[int], Awaitable[float]]
@@ -328,6 +330,7 @@ async def _language_pipes(setting: Setting) -> AsyncIterator[Rate]:
             # some tokens that are not counted: what was broken off has gone by then
             await api_rate(api, setting.texts[:1], 4, seconds=setting.api_seconds)
             tokens = min(setting.tokens[streams], 24 // min(streams, 3))
-            return await api_rate(api, setting.texts[:streams], tokens, seconds=setting.api_seconds)
+            texts, seconds = setting.texts[:streams], setting.api_seconds
+            return await api_rate(api, texts, tokens, seconds=seconds, apart_s=CONNECTS_APART_S)
 
         yield rate

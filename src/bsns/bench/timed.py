@@ -53,8 +53,10 @@ async def client_rate(client: Client, texts: Sequence[str], tokens: int, *, seco
     return together(times_s)
 
 
-async def api_rate(api: Api, texts: Sequence[str], tokens: int, *, seconds: float, temperature: float = 0.0) -> float:
-    """The same of chats through an API. Raises PeerFailed, PeerTimedOut.
+async def api_rate(
+    api: Api, texts: Sequence[str], tokens: int, *, seconds: float, temperature: float = 0.0, apart_s: float = 0.0
+) -> float:
+    """The same of chats through an API, which are begun so far apart. Raises PeerFailed, PeerTimedOut.
 
     Pieces of text are timed; where the API says how many tokens they were, the speed is that of the tokens.
     """
@@ -63,7 +65,9 @@ async def api_rate(api: Api, texts: Sequence[str], tokens: int, *, seconds: floa
     times_s: list[list[float]] = [[] for _ in texts]
     used: list[int] = []
 
-    async def answer(text: str, times: list[float]) -> None:
+    async def answer(number: int) -> None:
+        await asyncio.sleep(number * apart_s)
+        text, times = texts[number], times_s[number]
         stream = await client.chat.completions.create(
             model=api.model,
             messages=[{"role": "user", "content": text}],
@@ -80,7 +84,7 @@ async def api_rate(api: Api, texts: Sequence[str], tokens: int, *, seconds: floa
 
     async with openai.AsyncOpenAI(base_url=api.url, api_key=api.key, max_retries=0, timeout=2 * seconds) as client:
         try:
-            await _at_once([answer(text, times) for text, times in zip(texts, times_s, strict=True)], seconds)
+            await _at_once([answer(number) for number in range(len(texts))], seconds)
         except openai.APIError as error:
             raise PeerFailed(f"{api.url} did not answer: {error}") from error
     pieces = sum(map(len, times_s))
