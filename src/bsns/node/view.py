@@ -7,8 +7,9 @@ import math
 import secrets
 import statistics
 import zlib
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bsns.client.links import Link, Links
 from bsns.core.blocks import BlockRange
@@ -30,6 +31,9 @@ RECORDS_FRESH_S = 2.0
 FRESH_S = 0.3
 """What is younger is not asked for again, even where it did not do."""
 ROUND_TRIP_FRESH_S = 30.0
+ROUND_TRIPS = 3
+"""Of so many in a row the least counts: one that is taken while this client or the node is busy looks long, and routes
+would take a detour for as long as it counts (as BBR's least round trip of a window, Cardwell et al. 2016)."""
 PINGS = 3
 PINGS_S = 0.05
 """So often a node is pinged, while that takes no longer: on short ways a ping that waits for a batch looks like a long
@@ -72,7 +76,7 @@ class View:
         self._missed: list[NodeRecord] = []
         """Nodes that the last reading did not show, and whose records have not expired."""
         self._read_s = -math.inf
-        self._round_trip_s: dict[PeerId, tuple[float | None, float]] = {}
+        self._round_trips: dict[PeerId, _RoundTrips] = {}
         self._loads = Loads()
         self._grudges = Grudges()
         self._key = secrets.randbits(32) if key is None else key
@@ -106,9 +110,9 @@ class View:
         """To those who have answered."""
         now_s = self._clock.now_s()
         return {
-            peer: Way(rtt_s, age_s=now_s - measured_s)
-            for peer, (rtt_s, measured_s) in self._round_trip_s.items()
-            if rtt_s is not None
+            peer: Way(min(trips.latest_s), age_s=now_s - trips.measured_s)
+            for peer, trips in self._round_trips.items()
+            if trips.latest_s
         }
 
     def bytes_per_s(self, sender: PeerId, receiver: PeerId) -> float | None:
@@ -122,8 +126,9 @@ class View:
         return None
 
     def round_trip_s(self, peer: PeerId) -> float | None:
-        """Our own last round trip to a node; None where it has not answered."""
-        return self._round_trip_s.get(peer, (None, 0.0))[0]
+        """Our own round trip to a node, the least of the latest; None where it has not answered the last time."""
+        trips = self._round_trips.get(peer)
+        return min(trips.latest_s) if trips is not None and trips.latest_s else None
 
     async def route(
         self,
@@ -173,7 +178,7 @@ class View:
 
     def _silent(self) -> set[PeerId]:
         """Who did not answer when they were asked last."""
-        return {peer for peer, (rtt_s, _) in self._round_trip_s.items() if rtt_s is None}
+        return {peer for peer, trips in self._round_trips.items() if not trips.latest_s}
 
     def _whim(self, peer: PeerId) -> float:
         """A number in [0, 1) that is this client's own for a peer."""
@@ -254,17 +259,29 @@ class View:
     async def _measure(self, links: Links, records: list[NodeRecord]) -> None:
         """Ping the nodes whose round trip is unknown or old; one that does not answer is left for the route to find."""
         now_s = self._clock.now_s()
-        due = [r for r in records if now_s - self._round_trip_s.get(r.peer, (None, -1e9))[1] > ROUND_TRIP_FRESH_S]
+        known = self._round_trips
+        due = [r for r in records if r.peer not in known or now_s - known[r.peer].measured_s > ROUND_TRIP_FRESH_S]
 
         async def ping(record: NodeRecord) -> None:
             try:
                 rtt_s = await _quickest_s(await links.to(record.peer, record.addresses))
             except BsnsError:
-                self._round_trip_s[record.peer] = (None, now_s)
+                known[record.peer] = _RoundTrips(now_s)
             else:
-                self._round_trip_s[record.peer] = (rtt_s, now_s)
+                trips = known.setdefault(record.peer, _RoundTrips(now_s))
+                trips.latest_s.append(rtt_s)
+                trips.measured_s = now_s
 
         await asyncio.gather(*(ping(record) for record in due))
+
+
+@dataclass(slots=True)
+class _RoundTrips:
+    """Our own to one node."""
+
+    measured_s: float
+    latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=ROUND_TRIPS))
+    """None if it did not answer the last time."""
 
 
 async def _quickest_s(link: Link) -> float:

@@ -13,7 +13,7 @@ from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, MissingBlocks, PeerLost
 from bsns.core.ids import ModelId, PeerId
 from bsns.node.client import Client
-from bsns.node.view import View
+from bsns.node.view import ROUND_TRIP_FRESH_S, View
 from bsns.planning.selection import Weights
 from bsns.protocol.records import LinkRecord, NodeRecord
 from bsns.routing.chain import Wish
@@ -97,6 +97,35 @@ async def test_a_route_over_what_nodes_measured_of_each_other() -> None:
     assert len(pings.asked) == 4  # what was measured is fresh still
     view = View(directory, HONEST.model, "float32", 4, wish=Wish(weights=Weights(latency=0.0)))
     assert [hop.peer for hop in await view.route(pings, 10, ())] == ["a", "b"]
+
+
+async def test_a_round_trip_taken_while_we_are_busy_makes_no_detour() -> None:
+    """The least of the latest three counts: a longer way is believed when it has stayed so."""
+    clock, directory = HandClock(), MemoryDirectory()
+    for name in ("a", "b"):
+        await directory.publish(msgspec.structs.replace(HONEST, peer=PeerId(name)))
+    round_trips_s = {"a": 0.001, "b": 0.004}
+    pings: Any = Pings(round_trips_s)
+    view = View(directory, HONEST.model, "float32", 4, clock=clock)
+
+    async def first() -> str:
+        route = await view.route(pings, 10, ())
+        view.release(route)
+        return route[0].peer
+
+    assert await first() == "a"
+    round_trips_s["a"] = 0.080
+    for expected in ("a", "a", "b"):
+        clock.ahead_s += ROUND_TRIP_FRESH_S + 1
+        assert await first() == expected
+    assert view.round_trip_s(PeerId("a")) == 0.080
+    round_trips_s["a"] = 0.001
+    clock.ahead_s += ROUND_TRIP_FRESH_S + 1
+    assert await first() == "a"
+    del round_trips_s["a"]
+    clock.ahead_s += ROUND_TRIP_FRESH_S + 1
+    assert await first() == "b"
+    assert view.round_trip_s(PeerId("a")) is None
 
 
 @pytest.mark.parametrize(
