@@ -235,6 +235,10 @@ class Decoder:
         """Logits (rows, vocabulary) of a result's rows."""
         return await self._loop.run_in_executor(self._thread, self._logits, [hidden], rows)
 
+    def forget(self, session: SessionId) -> None:
+        """No further guesses are wanted for its answer."""
+        self._may_go_on.pop(session, None)
+
     async def close(self) -> None:
         self._turning = True  # no turn starts any more
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
@@ -276,7 +280,11 @@ class Decoder:
         else:
             if any(item.tokens for item in outcome):
                 self._turn_s = took_s
-                self._may_go_on |= {item.answer.session: item.answer for item in outcome if item.answer.may_go_on}
+                for answer in answers:
+                    if answer.may_go_on:
+                        self._may_go_on[answer.session] = answer
+                    else:
+                        self.forget(answer.session)
             self._on_turned(outcome)
         self._loop.call_soon(self._turn)
 

@@ -439,6 +439,7 @@ class Generator:
         """Forget a session, and free it everywhere; in a task of its own, for whoever reads may be cancelled. A
         tenant's answer that has ended in peace is kept."""
         del self._readers[reader.session.id]
+        self._decoder.forget(reader.session.id)
         if tenant is not None and self._keeps and reader.through and reader.rests:
             if reader.trailing is not None:
                 self._trailing[reader.session.id] = reader.trailing, asyncio.Event()
@@ -582,6 +583,8 @@ class Generator:
                 if peer in reader.former:
                     continue  # it was given up, and is late
                 raise BadTensor(f"{peer} answered session {part.session}, of which it is not the last stage")
+            if part.wanted and part.turn == reader.trailing:
+                reader.trailing = None
             end, due = part.position + part.rows, reader.due
             if due is None or end <= reader.through or (part.wanted and part.turn != due.turn):
                 continue  # it came twice: once before a repair, once after
@@ -590,6 +593,8 @@ class Generator:
                 reader.came_through(end)
                 reader.heard.put_nowait(None)  # a chunk of the prompt has come through
                 continue
+            if not part.wanted and reader.former:
+                continue  # who took a stage's place passes on what it was computing along; what is wanted follows
             row_bytes = CODECS[codec].row_bytes(self._hidden_size, self._dtype)
             if codec != reader.session.brings or hidden.nbytes != part.wanted * row_bytes:
                 raise BadTensor(f"{peer} answered session {part.session} with rows of another codec or size")
@@ -609,6 +614,7 @@ class Generator:
                 reader.heard.put_nowait(memoryview(rows))
             else:
                 self._trace(reader, due.start if reader.turns else reader.through, end, part)
+                reader.trailing = None  # it would have come before this
                 reader.came.append(Arrived(reader.answer, rows, part.hops))
                 if len(reader.came) == 1:  # otherwise the decoder has one that comes before it
                     arrived.append(reader.came[0])
@@ -628,7 +634,7 @@ class Generator:
         groups: defaultdict[tuple[Link, str], list[tuple[Part, Buffer]]] = defaultdict(list)
         arrived: list[Arrived] = []
         for item in turned:
-            reader = self._readers.get(item.answer.session)
+            reader = self._reader_of(item.answer)
             if reader is None:
                 continue  # it has gone
             if item.tokens:
@@ -658,7 +664,7 @@ class Generator:
 
     def _look_at_pace(self, item: Turned) -> None:
         """A stage that has become many times slower than it was is replaced, if others can do it."""
-        reader, turns_ms = self._readers.get(item.answer.session), item.answer.turns_ms
+        reader, turns_ms = self._reader_of(item.answer), item.answer.turns_ms
         if reader is None or not item.tokens or item.finished or len(turns_ms) < 2:  # the first is the prompt's
             return
         total_ms, hops = turns_ms[-1]
@@ -672,7 +678,13 @@ class Generator:
     def _on_decoder_failed(self, answers: list[Answer], error: Exception) -> None:
         failure = error if isinstance(error, BsnsError) else PeerFailed(f"choosing a token failed: {error!r}")
         for answer in answers:
-            self._on_failure(answer.session, failure)
+            if self._reader_of(answer) is not None:
+                self._on_failure(answer.session, failure)
+
+    def _reader_of(self, answer: Answer) -> Reader | None:
+        """Whoever reads it still: its session may have been kept, and be another's by now."""
+        reader = self._readers.get(answer.session)
+        return reader if reader is not None and reader.answer is answer else None
 
     def _on_told(self, teller: PeerId, session: SessionId, error: BsnsError) -> None:
         """A stage says that a session cannot go on. One that is lost itself is believed no more, unless it says that

@@ -143,7 +143,9 @@ class Reader:
     def next_step(self) -> tuple[int, int, int]:
         """Where the next step ends, how many rows of it are wanted, and its turn: at the end of a chunk, but rows that
         are wanted together are in one step."""
-        step = next(step for step in self.awaited if self.sent < step.end)
-        if step.end - self.sent <= CHUNK_ROWS:
-            return step.end, step.rows, step.turn
-        return min(self.sent + CHUNK_ROWS, step.start), 0, step.turn
+        for step in self.awaited:
+            if self.sent < step.end <= self.sent + CHUNK_ROWS:
+                return step.end, step.rows, step.turn
+            if self.sent < step.end:
+                return min(self.sent + CHUNK_ROWS, step.start), 0, step.turn
+        return min(self.sent + CHUNK_ROWS, self.goal), 0, self.turns  # the answer has ended

@@ -80,7 +80,8 @@ class Batcher:
 
     def drop(self, session: SessionId) -> None:
         """Forget a session's waiting steps."""
-        self._queues.pop(session, None)
+        for work in self._queues.pop(session, ()):
+            work.session.waiting -= work.part.rows
         self._stepped.pop(session, None)
 
     def next_batch(self, now_s: float) -> Batch | None:

@@ -12,7 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from bsns.core.blocks import BlockRange
-from bsns.core.errors import BadFrame, BadTensor, BsnsError, PeerFailed, PeerLeaving, PeerLost, ProtocolError
+from bsns.core.errors import (
+    BadFrame,
+    BadTensor,
+    BsnsError,
+    PeerFailed,
+    PeerLeaving,
+    PeerLost,
+    PositionGap,
+    ProtocolError,
+)
 from bsns.core.ids import PeerId, SessionId
 from bsns.core.memory import MemoryUse
 from bsns.core.plan import block_times
@@ -333,6 +342,7 @@ class Worker:
             resized = Resized(message.session, error.code, error.message, error.peer)
         else:
             session = self.sessions.get(message.session)
+            self._batcher.drop(message.session)
             if session is not None and session.journal is not None:
                 session.journal.cut(message.keep)
             self._end_trace(message.session)
@@ -504,12 +514,16 @@ class Worker:
                 continue
             if self.sessions.get(work.part.session) is not work.session:
                 continue  # closed meanwhile: nobody waits for it
-            onward, part = work.session.next, work.part
-            work.session.done = part.position + part.rows
-            if work.session.journal is not None:
-                work.session.journal.write(part.position, output, part.wanted, part.turn)
-                if self._replays.written(work.session, part.position):
+            onward, part, journal = work.session.next, work.part, work.session.journal
+            if journal is not None:
+                try:
+                    journal.write(part.position, output, part.wanted, part.turn)
+                except PositionGap as error:  # it follows a step that was refused, or has been cut off meanwhile
+                    log.info("an output is dropped", session=str(part.session), reason=error.message)
                     continue
+            work.session.done = part.position + part.rows
+            if journal is not None and self._replays.written(work.session, part.position):
+                continue
             if part.position + part.rows <= work.session.passes_from:
                 continue  # a replay: whoever comes after has it
             groups[(onward is not None, onward or work.session.client, work.session.gives)].append((work, output))

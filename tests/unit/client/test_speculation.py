@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 from memory_swarm import MemorySwarm, StageShelf, answer, until
 from tiny_models import prompt
 
-from bsns.client.generate import Generator, Stats
+from bsns.client.generate import Generator, Piece, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.client.speculation import MOST, PRIORS, Cost, Lookup, follow
 from bsns.core.ids import PeerId
@@ -199,6 +201,79 @@ async def test_an_answer_that_ends_amid_steps_that_are_lost_is_not_kept(
         reader.trailing = 10**6
     await until(lambda: not any(len(node.worker.sessions) for node in scene.swarm.nodes.values()))
     assert (len(client._kept), client._trailing) == (0, {})
+
+
+async def test_guesses_that_passed_before_the_answer_was_read_are_not_waited_for(scene: Scene) -> None:
+    await scene.start()
+    expected = await scene.undisturbed(GREEDY)
+    upto = next(at + 1 for at, token in enumerate(expected) if at > 30 and token not in expected[:at])
+    oracle = Oracle([*PROMPT, *expected], most=3, further=True)
+    client = scene.client(oracle, end_tokens={expected[upto - 1]}, keep_sessions=4)
+    async for _ in client.stream(PROMPT, GREEDY):
+        await asyncio.sleep(0.01)
+    assert not client._trailing
+    await until(lambda: len(client._kept) == 1, 0.5)
+
+
+async def test_an_answer_given_up_amid_a_turn_leaves_the_next_on_its_session_alone(scene: Scene) -> None:
+    """Its turn ends on the decoder's thread when the kept session is another answer's already."""
+    await scene.start()
+    long = prompt(60)
+    expected = await answer(scene.client(), long, GREEDY)
+    oracle = Oracle([*long, *expected], most=3)
+    oracle.quick = False  # like a draft model's: turns are taken on the thread
+    may_go_on, held = threading.Event(), threading.Event()
+    guess = oracle.guess
+
+    def slowly(tokens: Sequence[int], most: int) -> list[int]:
+        held.set()
+        may_go_on.wait(5.0)
+        return guess(tokens, most)
+
+    client = scene.client(oracle, keep_sessions=4, deadline_s=3.0)
+    stream = client.stream(long, GREEDY)
+    await anext(stream)
+    oracle.guess = slowly  # type: ignore[method-assign]
+
+    async def read_on() -> None:
+        async for _ in stream:
+            pass
+
+    reading = asyncio.create_task(read_on())
+    await until(held.is_set)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    await until(lambda: len(client._kept) == 1)
+    second = asyncio.create_task(_tokens(client.stream(long, GREEDY, guess=False)))
+    await until(lambda: bool(client._readers))
+    may_go_on.set()
+    assert await second == expected
+
+
+async def _tokens(stream: AsyncIterator[Piece]) -> list[int | None]:
+    return [piece.token async for piece in stream]
+
+
+async def test_a_first_stage_lost_after_the_last_token_costs_nothing(scene: Scene) -> None:
+    await scene.start("ab")
+    expected = await scene.undisturbed(GREEDY)
+    client = scene.client(Oracle([*PROMPT, *expected], most=3), keep_sessions=4)
+    stream = client.stream(PROMPT, GREEDY)
+    tokens = [(await anext(stream)).token]
+    (reader,) = client._readers.values()
+    done = reader.answer
+    assert done is not None
+    await until(lambda: done.finished is not None and reader.goal == reader.through)  # and is not read yet
+    scene.swarm.network.kill(PeerId("a0"))
+    await until(lambda: client.repairs == 1)
+    await until(lambda: reader.sent == reader.through)
+    tokens += await _tokens(stream)
+    assert tokens == expected
+    await until(lambda: len(client._kept) == 1)
+    stats, longer = Stats(), [*PROMPT, *expected, *prompt(5)]
+    again = [piece.token async for piece in client.stream(longer, GREEDY, stats, guess=False)]
+    assert stats.cached_tokens == len(PROMPT) + len(expected) - 1
+    assert again == await answer(scene.client(), longer, GREEDY)
 
 
 @pytest.mark.parametrize("further", [False, True], ids=["alone", "further"])

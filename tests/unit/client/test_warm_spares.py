@@ -396,3 +396,30 @@ async def test_many_answers_at_once(scene: Scene) -> None:
     scene.kill("a1")
     assert await asyncio.wait_for(asyncio.gather(*tasks), 10) == undisturbed
     await scene.freed()
+
+
+async def test_a_spare_that_is_computing_the_step_under_way_costs_nobody_his_place(scene: Scene) -> None:
+    """The first stage dies while its spare computes the same step, whose rows it was not told to bring back."""
+    await scene.start(*ALL)
+    expected = await answer(scene.client(warm=False), LONG, SEEDED)
+    client = scene.client()
+    stream = client.stream(LONG, SEEDED)
+    tokens = [(await anext(stream)).token for _ in range(10)]
+    (held,) = client._spares._held.values()
+    await until(lambda: len(held.spares) == 3 and all(spare.link for spare in held.spares.values()))
+    (reader,) = client._readers.values()
+    for name in ("a0", "b0"):
+        scene.snail(name).delay_s = 0.2
+        scene.worker(name).block_time_s = 0.1  # on the thread
+    tokens += [(await anext(stream)).token for _ in range(3)]
+    spare = scene.worker("b0").sessions.get(reader.session.id)
+    assert spare is not None
+    await until(lambda: spare.end == reader.sent and spare.done < spare.end and spare.waiting == 0)
+    scene.snail("a0").delay_s = 0.0
+    scene.kill("a0")
+    await until(lambda: client.repairs >= 1)
+    scene.snail("b0").delay_s = 0.0
+    tokens += [piece.token async for piece in stream]
+    assert tokens == expected
+    assert reader.former == {PeerId("a0")}
+    await scene.freed()

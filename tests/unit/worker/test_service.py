@@ -16,6 +16,7 @@ from memory_swarm import MODEL, MemorySwarm, Node, until
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import PeerUnreachable
 from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.codecs import coded
 from bsns.protocol.frames import MAX_BODY_BYTES, MAX_HEADER_BYTES, PREFIX, Message
 from bsns.protocol.greeting import Refusal, Welcome
 from bsns.protocol.inference import (
@@ -32,6 +33,8 @@ from bsns.protocol.inference import (
     Pong,
     Reroute,
     Rerouted,
+    Resize,
+    Resized,
     Result,
     Step,
     There,
@@ -414,6 +417,55 @@ async def test_a_client_cannot_pile_up_steps(bench: Bench) -> None:
         assert np.array_equal((await caller.result())[1], hidden(position, rows) + 1)
     await caller.step(0, 32)
     assert np.array_equal((await caller.result())[1], hidden(0, 32) + 1)
+
+
+async def test_a_step_that_follows_what_was_refused_or_cut_off_is_nobody_elses_trouble(bench: Bench) -> None:
+    """Its output joins nothing in the journal; the batch's other sessions get theirs."""
+    node, after = await bench.node("n"), await bench.node("m")
+    executor = bench.executors["n"]
+    onward = {"next_peer": PeerId("m"), "next_addresses": after.transport.addresses, "depth": 2}
+    bad, honest, other = [await bench.call(node, name) for name in ("bad", "honest", "other")]
+    assert isinstance(await bad.ask(opening(node, 1, takes="int8", previous_peer=PeerId("x"), **onward)), Opened)
+    assert isinstance(await honest.ask(opening(node, 2)), Opened)
+    assert isinstance(await other.ask(opening(node, 3)), Opened)
+    node.worker.block_time_s = 1.0  # slow, so that batches run on the thread
+    executor.may_run.clear()
+    await other.step(0, 1, session=3)
+    await until(executor.running.is_set)
+    spec = coded("hidden", "float32", (1, HIDDEN), "int8")
+    for position, scales in ((0, b"\xff"), (1, b"\0")):  # the first has scales that are no numbers
+        part = Part(SessionId(1), position, 1, 1, turn=position)
+        await bad.say(Step((part,), (spec,)), scales * spec.nbytes)
+    for position in range(2):
+        await honest.step(position, 1, session=2)
+    session = node.worker.sessions.get(SessionId(1))
+    assert session is not None
+    await until(lambda: session.waiting == 2)
+    executor.may_run.set()
+    for position in range(2):
+        assert np.array_equal((await honest.result())[1], hidden(position, 1) + 1)
+    assert (session.end, session.done) == (2, 0)
+
+
+async def test_what_waits_for_a_session_that_is_given_another_room_is_dropped(bench: Bench) -> None:
+    node = await bench.node("n")
+    executor = bench.executors["n"]
+    caller, other = await bench.call(node, "caller"), await bench.call(node, "other")
+    assert isinstance(await caller.ask(opening(node, 1)), Opened)
+    assert isinstance(await other.ask(opening(node, 2)), Opened)
+    node.worker.block_time_s = 1.0
+    executor.may_run.clear()
+    await other.step(0, 1, session=2)
+    await until(executor.running.is_set)
+    await caller.step(0, 3)
+    session = node.worker.sessions.get(SessionId(1))
+    assert session is not None
+    await until(lambda: session.waiting == 3)
+    assert await caller.ask(Resize(SessionId(1), 32, 0)) == Resized(SessionId(1))
+    assert session.waiting == 0
+    executor.may_run.set()
+    await caller.step(0, 2)
+    assert np.array_equal((await caller.result())[1], hidden(0, 2) + 1)
 
 
 async def test_refused_rows_do_not_stay_in_memory_with_their_frame(bench: Bench) -> None:
