@@ -37,8 +37,10 @@ class RunningAnswers:
     @contextlib.contextmanager
     def under_way(self, tenant: str, stats: Stats) -> Iterator[None]:
         """Lists an answer until it ends."""
-        answer = RunningAnswer(secrets.token_hex(3), tenant, stats, time.monotonic())
-        self.answers[answer.id] = answer
+        id_ = secrets.token_hex(3)
+        while id_ in self.answers:  # of thousands of answers two draw the same before long
+            id_ = secrets.token_hex(3)
+        answer = self.answers[id_] = RunningAnswer(id_, tenant, stats, time.monotonic())
         try:
             yield
         finally:
