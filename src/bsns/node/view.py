@@ -281,7 +281,7 @@ class _RoundTrips:
 
     measured_s: float
     latest_s: deque[float] = field(default_factory=lambda: deque(maxlen=ROUND_TRIPS))
-    """None if it did not answer the last time."""
+    """Empty if it did not answer the last time."""
 
 
 async def _quickest_s(link: Link) -> float:

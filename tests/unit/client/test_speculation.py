@@ -429,3 +429,37 @@ async def test_what_a_replay_brings_of_wrong_guesses_is_not_taken(scene: Scene) 
     assert reader.due == due
     tokens += [piece.token async for piece in stream]
     assert (tokens, client.repairs) == (expected, 0)
+
+
+@pytest.mark.parametrize("frozen", ["a0", "a1", "a2"])
+async def test_a_stage_that_freezes_while_several_steps_are_under_way(scene: Scene, frozen: str) -> None:
+    await scene.start("ab")
+    expected = await scene.undisturbed(SEEDED)
+    client = scene.client(Oracle([*PROMPT, *expected], wrong=0.1, most=3, further=True))
+    stream = client.stream(PROMPT, SEEDED)
+    tokens = [(await anext(stream)).token for _ in range(3)]
+    (reader,) = client._readers.values()
+    await until(lambda: len(reader.awaited) > 1)
+    scene.swarm.network.freeze(PeerId(frozen))
+    tokens += await _tokens(stream)
+    assert tokens == expected
+    assert client.repairs >= 1
+
+
+async def test_a_last_stage_that_answers_a_later_step_first_is_not_believed(scene: Scene) -> None:
+    """Nor one that says a step has passed which nobody awaits."""
+    await scene.start()
+    expected = await scene.undisturbed(GREEDY)
+    client = scene.client(Oracle([*PROMPT, *expected], most=3, further=True))
+    stream = client.stream(PROMPT, GREEDY)
+    tokens = [(await anext(stream)).token for _ in range(3)]
+    (reader,) = client._readers.values()
+    await until(lambda: len(reader.awaited) > len(reader.came) + 1)
+    due, later = reader.due, reader.awaited[-1]
+    for step, turn in ((later, later.turn), (later, 10**9)):
+        part = Part(reader.session.id, step.start, step.rows, step.rows, turn=turn)
+        lie = memoryview(bytes(4 * scene.ends.hidden_size * step.rows))
+        client._on_results(PeerId("a2"), RAW, [(part, lie)])
+    assert reader.due == due
+    tokens += await _tokens(stream)
+    assert (tokens, client.repairs) == (expected, 0)
