@@ -22,15 +22,17 @@ agains = st.tuples(st.just("again"), st.integers(0, 5), st.sampled_from([1, 3, 5
 takes = st.tuples(st.just("take"), st.just(0), st.just(0))
 drops = st.tuples(st.just("drop"), st.integers(0, 5), st.just(0))
 events = st.lists(st.one_of(adds, adds, adds, agains, takes, takes, drops), max_size=60)
-depths = st.lists(st.integers(1, 4), min_size=6, max_size=6)
+stages_at_once = st.lists(st.integers(1, 4), min_size=6, max_size=6)
 
 
-@given(events=events, depths=depths, tick_s=st.sampled_from([0.0, 0.01, 0.4]))
+@given(events=events, stages_at_once=stages_at_once, tick_s=st.sampled_from([0.0, 0.01, 0.4]))
 @settings(max_examples=300, deadline=None)
-def test_batches(events: list[tuple[str, int, int]], depths: list[int], tick_s: float) -> None:
+def test_batches(events: list[tuple[str, int, int]], stages_at_once: list[int], tick_s: float) -> None:
     batcher = Batcher(max_rows=MAX_ROWS)
     sessions = [
-        Session(SessionId(number), PeerId("client"), RANGES[number % 2], 10**6, depths[number], None, None, ())
+        Session(
+            SessionId(number), PeerId("client"), RANGES[number % 2], 10**6, 64, None, None, (), stages_at_once[number]
+        )
         for number in range(6)
     ]
     waiting: defaultdict[int, list[Work]] = defaultdict(list)
@@ -59,7 +61,7 @@ def test_batches(events: list[tuple[str, int, int]], depths: list[int], tick_s: 
         assert list(batch.works)[len(first_long) :][: len(short)] == short
         fitting = [head for head in heads if head.session.blocks == batch.blocks]
         active = sum(now_s - at_s <= ACTIVE_S for at_s in stepped_s.values())
-        allowed = max(1, -(-active // max(head.session.depth for head in fitting)))
+        allowed = max(1, -(-active // max(head.session.at_once for head in fitting)))
         possible = [head for head in fitting if head.part.rows <= SHORT_ROWS]
         assert len(short) <= allowed
         if sum(head.part.rows for head in [*first_long, *possible]) <= MAX_ROWS:

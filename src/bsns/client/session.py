@@ -16,7 +16,7 @@ from bsns.core.errors import BsnsError, PeerTimedOut
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.codecs import RAW
 from bsns.protocol.inference import Close, Open, Reroute, Resize
-from bsns.routing.chain import Hop, Route
+from bsns.routing.chain import Hop, Route, at_once
 
 log = structlog.get_logger(__name__)
 
@@ -257,6 +257,7 @@ class Session:
             gives=self._codec(route, index + 1),
             waits=waits,
             trace=self.trace,
+            at_once=at_once(route),
         )
 
     def park(self, tokens: int) -> None:

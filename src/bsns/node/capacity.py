@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -19,6 +22,7 @@ from bsns.planning.joining import choose_range
 from bsns.planning.memory import fitting_blocks
 from bsns.protocol.records import NodeRecord
 from bsns.swarm.election import LEASE_S
+from bsns.swarm.records import MACHINE_BYTES
 from bsns.worker.sessions import SessionTable
 
 CACHE_SESSIONS = 32
@@ -147,6 +151,24 @@ def choose_dtype(dtype: str, device: str, in_use: list[str]) -> str:
 def default_threads() -> int:
     """One thread for each core the process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_of(device: str, swarm: str) -> bytes:
+    """Names the device, or the cores that this process may use: the same in all processes that share them.
+
+    Empty where that cannot be told, and for a process whose control group has a quota: that is its own. It says nothing
+    to anybody outside the swarm.
+    """
+    try:
+        booted = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        group = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    except OSError:
+        return b""
+    with contextlib.suppress(OSError):
+        if not Path("/sys/fs/cgroup", group, "cpu.max").read_text().startswith("max"):
+            return b""
+    what = device if device != "cpu" else str(sorted(os.sched_getaffinity(0)))
+    return hashlib.blake2b(booted + what.encode(), key=swarm.encode(), digest_size=MACHINE_BYTES).digest()
 
 
 def rss_bytes() -> int:

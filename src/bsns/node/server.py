@@ -31,6 +31,7 @@ from bsns.node.capacity import (
     choose_dtype,
     default_threads,
     least_cache_tokens,
+    machine_of,
     room_of,
     rss_bytes,
 )
@@ -145,6 +146,8 @@ class Server:
             quant=options.quant,
             kv=options.kv,
             baseline_bytes=room.baseline_bytes,
+            machine=machine_of(device, peer.membership.swarm),
+            share=min(1.0, threads / default_threads()) if device == "cpu" else 1.0,
         )
         told(f"joining swarm {peer.membership.swarm[:8]} for blocks {blocks}")
         joining = partial(peer.directory.publish, record)

@@ -46,7 +46,7 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     dtype: str
     max_tokens: int
     depth: int
-    """How many stages the route has; tells a stage how finely to cut its batches."""
+    """How many stages the route has."""
     next_peer: PeerId | None
     """Who gets the output: the next stage, or nobody, which means the client that opened."""
     next_addresses: tuple[str, ...] = ()
@@ -63,6 +63,8 @@ class Open(msgspec.Struct, frozen=True, tag="open"):
     later."""
     trace: str = ""
     """The client's span (a W3C traceparent), below which the stage may put its own; empty: it traces nothing."""
+    at_once: int = 1
+    """How many stages of the route can compute at the same time; tells a stage how finely to cut its batches."""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):

@@ -61,6 +61,10 @@ class NodeRecord(msgspec.Struct, frozen=True):
     kv: str = "none"
     baseline_bytes: int = 0
     """What its process takes without blocks; 0 where unknown."""
+    machine: bytes = b""
+    """Names what it computes with: the same for all nodes that share it. Empty where that is unknown."""
+    share: float = 1.0
+    """How much of that it uses while it computes; 1: all."""
 
     @property
     def blocks(self) -> BlockRange:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -43,6 +44,9 @@ class Hop:
     addresses: tuple[str, ...]
     block_time_s: float = field(default=0.0, compare=False)
     """What the node says that a block takes it for a token; 0 where that is not known."""
+    machine: bytes = field(default=b"", compare=False)
+    share: float = field(default=1.0, compare=False)
+    """What it computes with, and how much of that it uses (protocol.records.NodeRecord)."""
 
     @property
     def says_ms(self) -> float:
@@ -51,6 +55,15 @@ class Hop:
 
 
 Route = tuple[Hop, ...]
+
+
+def at_once(route: Route) -> int:
+    """How many stages of a route can compute at the same time: those that share a machine only as many as it has room
+    for."""
+    shares: defaultdict[bytes, list[float]] = defaultdict(list)
+    for hop in route:
+        shares[hop.machine or hop.peer.encode()].append(hop.share)
+    return max(1, round(sum(len(those) / max(1.0, sum(those)) for those in shares.values())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +144,15 @@ def best_chain(
             f"{MAX_DEPTH} nodes; add a node"
         )
     return tuple(
-        Hop(roomy[n].peer, BlockRange(start, end), roomy[n].addresses, roomy[n].block_time_s) for n, start, end in chain
+        Hop(
+            roomy[n].peer,
+            BlockRange(start, end),
+            roomy[n].addresses,
+            roomy[n].block_time_s,
+            roomy[n].machine,
+            roomy[n].share,
+        )
+        for n, start, end in chain
     )
 
 

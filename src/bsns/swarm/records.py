@@ -26,6 +26,7 @@ MAX_ADDRESSES = 16
 MAX_ADDRESS = 256
 MAX_TOKENS = 2**40
 MAX_BYTES = 2**50
+MACHINE_BYTES = 16
 STATES = ("joining", "serving", "leaving")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -105,6 +106,8 @@ def check_record(record: NodeRecord) -> None:
     _require(0 <= record.sessions <= MAX_TOKENS, record, "impossible number of sessions")
     _require(0 <= record.prefill_time_s <= MAX_TIME_S, record, "impossible prefill time")
     _require(0 <= record.price <= MAX_PRICE, record, "impossible price")
+    _require(len(record.machine) in (0, MACHINE_BYTES), record, "a machine's name of the wrong size")
+    _require(0 < record.share <= 1, record, "an impossible share of its machine")
     _require(len(record.draw) in (0, SIGNATURE_BYTES), record, "a lot of the wrong size")
     _require(len(record.links) <= MAX_LINKS, record, f"more than {MAX_LINKS} links")
     for link in record.links:

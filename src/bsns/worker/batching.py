@@ -5,7 +5,8 @@ as fit: where sessions are decoding, no more than a single one, so that prompts 
 many there are, and nobody starves. A session is in a batch at most once, in order.
 
 On a route of several stages the batch is cut so that every stage has one: if all sessions stepped in one batch, one
-stage would work while the others wait. With S sessions stepping through D stages a batch takes at most ⌈S / D⌉ of them.
+stage would work while the others wait. With S sessions stepping through D stages that can compute at once a batch takes
+at most ⌈S / D⌉ of them. Stages that share a machine wait for one another anyhow, and gain by larger batches.
 """
 
 from __future__ import annotations
@@ -119,5 +120,5 @@ class Batcher:
         """How many short steps a batch may take, so that every stage of the routes has work."""
         while self._stepped and now_s - next(iter(self._stepped.values())) > ACTIVE_S:
             self._stepped.popitem(last=False)
-        depth = max(work.session.depth for work in fitting)
-        return max(1, -(-len(self._stepped) // depth))
+        at_once = max(work.session.at_once for work in fitting)
+        return max(1, -(-len(self._stepped) // at_once))

@@ -34,6 +34,8 @@ class Session:
     previous: PeerId | None
     next: PeerId | None
     next_addresses: tuple[str, ...]
+    at_once: int = 1
+    """How many stages of its route can compute at the same time."""
     end: int = 0
     """How many tokens the stage has been given; the next step may start here or anywhere before."""
     done: int = 0
@@ -193,6 +195,8 @@ class SessionTable:
             raise BadFrame(f"{message.max_tokens} tokens asked for; the model's context is {self.context_tokens}")
         if not 1 <= message.depth <= MAX_DEPTH:
             raise BadFrame(f"a route of {message.depth} stages is impossible")
+        if not 1 <= message.at_once <= message.depth:
+            raise BadFrame(f"of {message.depth} stages {message.at_once} cannot compute at once")
         _check_names(message.previous_peer, message.next_peer, message.next_addresses)
         if not 0 <= message.passes_from <= message.max_tokens:
             raise BadFrame(f"a stage cannot pass on what lies beyond {message.max_tokens} tokens")
@@ -206,6 +210,7 @@ class SessionTable:
             message.previous_peer,
             message.next_peer,
             message.next_addresses,
+            at_once=message.at_once,
             seen_s=now_s,
             held=held,
             passes_from=message.passes_from,

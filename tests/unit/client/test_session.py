@@ -1,4 +1,4 @@
-"""A session that opens while a node of its route dies."""
+"""What a session opens with, and a node of its route that dies meanwhile."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ class Mortal(Link):
         self.peer = peer
         self.lost = None
         self.dies = dies
+        self.opened: list[Open] = []
         self.said: list[Any] = []
 
     async def open(self, message: Open, deadline_s: float) -> int:
+        self.opened.append(message)
         if self.dies:
             self.lost = PeerLost(f"the stream to {self.peer} closed")
         return 1
@@ -40,6 +42,17 @@ class Shelf:
 
     async def to(self, peer: PeerId, addresses: Sequence[str] = ()) -> Mortal:
         return self.links[peer]
+
+
+async def test_stages_are_told_how_many_of_them_compute_at_once() -> None:
+    links = [Mortal(PeerId(name), dies=False) for name in "abc"]
+    shared = {"b": b"m", "c": b"m"}
+    route = tuple(
+        Hop(link.peer, BlockRange(n, n + 1), (), machine=shared.get(link.peer, b"")) for n, link in enumerate(links)
+    )
+    session = Session(cast("Links", Shelf(*links)), route, model=ModelId("m"), dtype="float32", max_tokens=8)
+    await session.open()
+    assert [(request.depth, request.at_once) for link in links for request in link.opened] == [(3, 2)] * 3
 
 
 @pytest.mark.parametrize("dead", [0, 1])

@@ -13,7 +13,7 @@ from bsns.core.errors import BadOption, NotEnoughMemory, NotHere
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.core.memory import MemoryUse
 from bsns.model.source import ModelSource
-from bsns.node.capacity import Room, ServeOptions, choose_blocks, choose_device, choose_dtype, rss_bytes
+from bsns.node.capacity import Room, ServeOptions, choose_blocks, choose_device, choose_dtype, machine_of, rss_bytes
 from bsns.protocol.inference import Open
 from bsns.worker.journal import Journal
 from bsns.worker.sessions import SessionTable
@@ -58,6 +58,18 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert choose_device("cpu") == "cpu"
     with pytest.raises(BadOption, match=r"available: .*cpu"):
         choose_device("abacus")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere machines have no name")
+def test_processes_of_one_machine_name_it_alike() -> None:
+    code = "import sys; from bsns.node.capacity import machine_of; print(machine_of('cpu', 'swarm').hex())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    mine = machine_of("cpu", "swarm")
+    assert other.stdout.strip() == mine.hex()
+    if mine:  # where the control group has no quota
+        assert (
+            len({mine, machine_of("cpu", "another"), machine_of("cuda:0", "swarm"), machine_of("cuda:1", "swarm")}) == 4
+        )
 
 
 def test_what_is_in_use_counts_the_tokens_that_sessions_have_come_to() -> None:

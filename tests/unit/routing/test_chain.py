@@ -14,7 +14,7 @@ from bsns.core.ids import ModelId, PeerId
 from bsns.core.snapshot import Link, pair
 from bsns.planning.selection import Weights
 from bsns.protocol.records import NodeRecord
-from bsns.routing.chain import Hop, Knowledge, Route, Wish, best_chain
+from bsns.routing.chain import Hop, Knowledge, Route, Wish, at_once, best_chain
 from bsns.swarm.snapshot import snapshot
 
 FIELDS: dict[str, Any] = {
@@ -237,3 +237,23 @@ def test_wishes_that_make_no_sense() -> None:
         Wish("speed")  # type: ignore[arg-type]
     with pytest.raises(BadOption, match="either"):
         Wish("throughput", Weights())
+
+
+@pytest.mark.parametrize(
+    ("stages", "count"),
+    [
+        ([(b"", 1.0)] * 3, 3),
+        ([(b"m", 0.5)] * 6, 2),
+        ([(b"m", 0.5)] * 2, 2),
+        ([(b"m", 0.25)] * 3, 3),
+        ([(b"m", 1.0)] * 3, 1),
+        ([(b"m", 1.0)] * 3 + [(b"n", 1.0)] * 2 + [(b"", 1.0)], 3),
+        ([(b"m", 1.0), (b"m", 0.25)], 2),
+    ],
+)
+def test_stages_that_share_a_machine_take_turns(stages: list[tuple[bytes, float]], count: int) -> None:
+    records = [
+        record(str(n), n, n + 1 if n + 1 < len(stages) else 6, machine=machine, share=share)
+        for n, (machine, share) in enumerate(stages)
+    ]
+    assert at_once(chain(*records)) == count

@@ -13,8 +13,8 @@ from bsns.worker.sessions import Session
 WHOLE = BlockRange(0, 4)
 
 
-def session(number: int, *, depth: int = 1, blocks: BlockRange = WHOLE) -> Session:
-    return Session(SessionId(number), PeerId("client"), blocks, 10_000, depth, None, None, ())
+def session(number: int, *, at_once: int = 1, blocks: BlockRange = WHOLE) -> Session:
+    return Session(SessionId(number), PeerId("client"), blocks, 10_000, 64, None, None, (), at_once)
 
 
 def work(of: Session, rows: int = 1, position: int = 0, at_s: float = 0.0) -> Work:
@@ -142,7 +142,7 @@ def test_the_longest_waiting_step_decides_which_blocks_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sessions", "depth", "sizes"),
+    ("sessions", "at_once", "sizes"),
     [
         (8, 1, [8]),
         (8, 2, [4, 4]),
@@ -153,11 +153,11 @@ def test_the_longest_waiting_step_decides_which_blocks_run() -> None:
         (3, 1024, [1, 1, 1]),
     ],
 )
-def test_every_stage_of_a_route_has_work(sessions: int, depth: int, sizes: list[int]) -> None:
-    """S sessions on D stages: ⌈S / D⌉ a batch."""
+def test_every_stage_of_a_route_has_work(sessions: int, at_once: int, sizes: list[int]) -> None:
+    """S sessions on D stages that compute at once: ⌈S / D⌉ a batch."""
     batcher = Batcher()
     for number in range(sessions):
-        batcher.add(work(session(number, depth=depth), at_s=number / 1000))
+        batcher.add(work(session(number, at_once=at_once), at_s=number / 1000))
     cut: list[int] = []
     while (batch := batcher.next_batch(0.1)) is not None:
         cut.append(len(batch.works))
@@ -167,7 +167,7 @@ def test_every_stage_of_a_route_has_work(sessions: int, depth: int, sizes: list[
 def test_sessions_at_other_stages_count() -> None:
     """Two of four sessions wait here while the others are a stage further: this stage takes both, not one."""
     batcher = Batcher()
-    four = [session(number, depth=2) for number in range(4)]
+    four = [session(number, at_once=2) for number in range(4)]
     for each in four:
         batcher.add(work(each))
     assert ids(batcher.next_batch(0.0)) == [0, 1]
@@ -180,25 +180,25 @@ def test_sessions_at_other_stages_count() -> None:
 def test_sessions_that_stopped_stepping_do_not_count() -> None:
     batcher = Batcher()
     for number in range(6):
-        batcher.add(work(session(number, depth=2), at_s=0.0))
+        batcher.add(work(session(number, at_once=2), at_s=0.0))
     while batcher.next_batch(0.0) is not None:
         pass
     late_s = ACTIVE_S + 0.5
     for number in (0, 1):
-        batcher.add(work(session(number, depth=2), position=1, at_s=late_s))
+        batcher.add(work(session(number, at_once=2), position=1, at_s=late_s))
     assert ids(batcher.next_batch(late_s)) == [0]
 
 
 def test_prompt_chunks_do_not_count_as_stepping() -> None:
     batcher = Batcher()
     for number in (1, 2, 3):
-        batcher.add(work(session(number, depth=2), SHORT_ROWS + 1, at_s=0.0))
+        batcher.add(work(session(number, at_once=2), SHORT_ROWS + 1, at_s=0.0))
     assert ids(batcher.next_batch(0.0)) == [1, 2, 3]
 
 
 def test_drop_forgets_all_of_a_session_and_nothing_else() -> None:
     batcher = Batcher()
-    one, two, three = (session(number, depth=2) for number in (1, 2, 3))
+    one, two, three = (session(number, at_once=2) for number in (1, 2, 3))
     for position in (0, 1):
         batcher.add(work(one, position=position))
     batcher.add(work(two, at_s=0.1))

@@ -80,6 +80,8 @@ def test_an_admitted_session_is_as_asked() -> None:
         ({"max_tokens": 2**62}, BadFrame),
         ({"depth": 0}, BadFrame),
         ({"depth": 1025}, BadFrame),
+        ({"at_once": 0}, BadFrame),
+        ({"at_once": 4}, BadFrame),  # of three
         ({"next_peer": "x" * 257}, BadFrame),
         ({"previous_peer": "x" * 257}, BadFrame),
         ({"next_addresses": ("/ip4/192.0.2.1/tcp/1",) * 17}, BadFrame),
