@@ -135,7 +135,7 @@ def evaluate(
             work = _evaluate(
                 client, settings, members, names, items, limit, sessions=sessions, output=output, quiet=as_json
             )
-            results = await (local_swarm.unless_lost(work, local) if local else work)
+            results = await (local_swarm.mended(work, local) if local else work)
         if as_json:
             emit(results.summary())
         else:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bsns.cli.console import Say, doing, see_through
+from bsns.cli.console import Say, doing, say_aside, see_through
 from bsns.core.errors import BadOption
 from bsns.core.words import several
 
@@ -37,17 +37,17 @@ async def start(source: ModelSource, model: str, nodes: int, say: Say, **options
     return await LocalSwarm(model, equal_split(source.block_count, nodes), told=told, **options).__aenter__()
 
 
-async def unless_lost(work: Coroutine[Any, Any, T], swarm: LocalSwarm) -> T:
-    """See it through; where a node's process ends, nobody here takes over its blocks: say so at once."""
-    working, lost = asyncio.create_task(work), asyncio.create_task(swarm.lost())
+async def mended(work: Coroutine[Any, Any, T], swarm: LocalSwarm, told: Callable[[str], None] = say_aside) -> T:
+    """See it through, while nodes whose processes end are started again. Raises why one was not."""
+    working, mending = asyncio.create_task(work), asyncio.create_task(swarm.mend(told))
     try:
-        await asyncio.wait((working, lost), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, mending), return_when=asyncio.FIRST_COMPLETED)
     finally:
         working.cancel()
-        lost.cancel()
-        await asyncio.gather(working, lost, return_exceptions=True)
+        mending.cancel()
+        await asyncio.gather(working, mending, return_exceptions=True)
     if working.cancelled():
-        raise lost.result()
+        raise mending.result()
     return working.result()
 
 

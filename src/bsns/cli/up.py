@@ -30,6 +30,7 @@ from bsns.cli.console import (
     err,
     out,
     run,
+    say_aside,
 )
 from bsns.cli.gateway import open_listener, serve_http
 from bsns.core.errors import BadOption
@@ -93,8 +94,8 @@ def up(
 ) -> None:
     """Start a swarm of node processes on this machine, and use it.
 
-    Without --prompt or --chat it stays up until Ctrl-C and prints the invite for other terminals. It never outlives
-    the process that started it.
+    Without --prompt or --chat it stays up until Ctrl-C and prints the invite for other terminals. A node whose process
+    ends is started again. It never outlives the process that started it.
 
     Example:
       bsns up smollm2-135m --nodes 3 --prompt "What is the capital of France?"
@@ -165,14 +166,14 @@ def up(
             if chat:
                 from bsns.cli.chat import converse
 
-                await converse(client, options)
+                await local_swarm.mended(converse(client, options), swarm)
             elif prompt is not None:
                 answering = answer(client, prompt, options, raw=raw, as_json=as_json, forecast=forecast)
-                await local_swarm.unless_lost(answering, swarm)
+                await local_swarm.mended(answering, swarm)
             else:
                 if as_json:
-                    told = {"event": "serving", "invite": swarm.peer.invite, "metrics": swarm.metrics()}
-                    emit(told | forecast.as_dict())
+                    serving = {"event": "serving", "invite": swarm.peer.invite, "metrics": swarm.metrics()}
+                    emit(serving | forecast.as_dict())
                 else:
                     for url in swarm.metrics():
                         out.print(f"Metrics: {url}", highlight=False, markup=False)
@@ -180,9 +181,11 @@ def up(
                     out.print(
                         f"  bsns chat {shlex.quote(model)} --join {swarm.peer.invite}", highlight=False, markup=False
                     )
+                told = _say_event if as_json else say_aside
                 if listener is not None:
-                    await local_swarm.unless_lost(serve_http(client, listener, as_json=as_json), swarm)
-                raise await swarm.lost()
+                    await local_swarm.mended(serve_http(client, listener, as_json=as_json), swarm, told)
+                else:
+                    raise await swarm.mend(told)
 
     run(verb(), as_json=as_json)
 
@@ -225,6 +228,10 @@ def _threads(source: ModelSource, device: str, executor: str, quant: str) -> int
     whole = BlockRange(0, source.block_count)
     choice = choose_executor(source, whole, device=choose_device(device), quant=quant, prefer=executor)
     return default_threads() if choice.name == NATIVE else 1
+
+
+def _say_event(line: str) -> None:
+    emit({"event": "node", "message": line})
 
 
 def check_prompt(text: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,8 @@ START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 4.0
 LEAVE_DEADLINE_S = 12.0
 """What a node that is let go may take: it serves its sessions until they have gone elsewhere."""
+AGAIN_S = 60.0
+"""A node that was started again and ends within this time is not started once more."""
 
 Told = Callable[[int, str], None]
 """Is told which node (by number) is doing what."""
@@ -150,8 +154,8 @@ class LocalSwarm:
     ) -> None:
         await self.close()
 
-    async def lost(self) -> BsnsError:
-        """Wait until a node's process ends that nobody asked to end; the error that says which."""
+    async def lost(self) -> tuple[int, BsnsError]:
+        """Wait until a node's process ends that nobody asked to end; its number, and the error that says which."""
         waits = [asyncio.ensure_future(node.process.wait()) for node in self._nodes if not node.let_go]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -162,7 +166,25 @@ class LocalSwarm:
             (n, node) for n, node in enumerate(self._nodes) if node.process.returncode is not None and not node.let_go
         )
         how = _how(node.process.returncode)
-        return PeerFailed(f"node {number + 1} {how}; nobody holds blocks {node.blocks} now")
+        return number, PeerFailed(f"node {number + 1} {how}; nobody holds blocks {node.blocks} now")
+
+    async def mend(self, told: Callable[[str], None]) -> BsnsError:
+        """Start every node again whose process ends unasked, until one does not come up, or ends again within
+        `AGAIN_S`; the error that says so. `told` gets a line for each loss and each return."""
+        back_s: dict[int, float] = {}
+        while True:
+            number, error = await self.lost()
+            if time.monotonic() - back_s.get(number, -math.inf) < AGAIN_S:
+                return PeerFailed(f"{error.message}, soon after it was started again")
+            told(f"{error.message}; starting it again")
+            try:
+                await self.restart(number)
+            except BsnsError as failed:
+                return failed
+            except TimeoutError:
+                return PeerTimedOut(f"node {number + 1} did not come up again within {START_DEADLINE_S:g} s")
+            back_s[number] = time.monotonic()
+            told(f"node {number + 1} serves again")
 
     async def restart(self, number: int) -> None:
         """Start a node again whose process has ended or is to end now. Raises as entering the context does."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import CorruptModel, PeerFailed
 from bsns.node.local import Home, LocalSwarm, _all, _how, _Node
+from bsns.node.processes import Process
 
 
 async def swarm_of(*scripts: str) -> tuple[LocalSwarm, list[tuple[int, str]]]:
@@ -58,9 +63,62 @@ async def test_a_node_that_ends_without_a_word() -> None:
 async def test_a_lost_node_is_named() -> None:
     swarm, _ = await swarm_of("exec sleep 60", "exit 1")
     try:
-        assert (await swarm.lost()).message == "node 2 ended with status 1; nobody holds blocks 1:2 now"
+        number, error = await swarm.lost()
+        assert (number, error.message) == (1, "node 2 ended with status 1; nobody holds blocks 1:2 now")
     finally:
         await swarm.close()
+
+
+class Again(LocalSwarm):
+    """Nodes that are started again run these scripts, the first of them first."""
+
+    def __init__(self, *scripts: str) -> None:
+        super().__init__("m", [BlockRange(0, 1)])
+        self.scripts = list(scripts)
+        self._peer = cast("Any", SimpleNamespace(invite="i", close=AsyncMock()))
+
+    async def _spawn(self, words: Sequence[str], home: Home, invite: str | None) -> Process:
+        return await asyncio.create_subprocess_exec("sh", "-c", self.scripts.pop(0), stdout=asyncio.subprocess.PIPE)
+
+
+SERVING = """echo '{"event": "serving", "id": "a", "invite": "b"}'"""
+
+
+@pytest.mark.parametrize(
+    ("again", "why"),
+    [
+        (f"{SERVING}; exit 3", "node 1 ended with status 3; nobody holds blocks 0:1 now, soon after it was started again"),
+        ("exit 4", "node 1 ended with status 4 before it served"),
+        ("""echo '{"event": "error", "code": "NotEnoughMemory", "message": "too little"}'""", "node 1: too little"),
+    ],
+)
+async def test_a_lost_node_is_started_again_unless_that_does_not_help(again: str, why: str) -> None:
+    swarm = Again("exit 1", again)
+    told: list[str] = []
+    async with asyncio.timeout(20):
+        await swarm._begin(BlockRange(0, 1), (), Home(), None)
+        try:
+            assert (await swarm.mend(told.append)).message == why
+        finally:
+            await swarm.close()
+    assert told[0] == "node 1 ended with status 1; nobody holds blocks 0:1 now; starting it again"
+    assert told[1:] == (["node 1 serves again"] if SERVING in again else [])
+
+
+async def test_a_node_that_is_lost_now_and_then_is_started_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bsns.node.local.AGAIN_S", 0.0)
+    swarm = Again("exit 1", f"{SERVING}; exit 1", f"{SERVING}; exec sleep 60")
+    told: asyncio.Queue[str] = asyncio.Queue()
+    async with asyncio.timeout(20):
+        await swarm._begin(BlockRange(0, 1), (), Home(), None)
+        mending = asyncio.create_task(swarm.mend(told.put_nowait))
+        try:
+            assert ["starting it again" in await told.get() for _ in range(4)] == [True, False, True, False]
+            assert not mending.done()
+            assert swarm.processes[0].returncode is None
+        finally:
+            mending.cancel()
+            await swarm.close()
 
 
 async def test_a_node_deaf_to_signals_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +136,7 @@ async def test_a_node_that_is_let_go_is_not_lost() -> None:
         await swarm.let_go(0, signal.SIGKILL)
         assert swarm.processes[0].returncode == -signal.SIGKILL
         swarm.processes[1].kill()
-        assert "node 2 was ended" in (await swarm.lost()).message
+        assert "node 2 was ended" in (await swarm.lost())[1].message
     finally:
         await swarm.close()
 
