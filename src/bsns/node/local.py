@@ -175,7 +175,7 @@ class LocalSwarm:
         while True:
             number, error = await self.lost()
             if time.monotonic() - back_s.get(number, -math.inf) < AGAIN_S:
-                return PeerFailed(f"{error.message}, soon after it was started again")
+                return PeerFailed(f"{error.message}, soon after it was started")
             told(f"{error.message}; starting it again")
             try:
                 await self.restart(number)

@@ -87,7 +87,7 @@ SERVING = """echo '{"event": "serving", "id": "a", "invite": "b"}'"""
 @pytest.mark.parametrize(
     ("again", "why"),
     [
-        (f"{SERVING}; exit 3", "node 1 ended with status 3; nobody holds blocks 0:1 now, soon after it was started again"),
+        (f"{SERVING}; exit 3", "node 1 ended with status 3; nobody holds blocks 0:1 now, soon after it was started"),
         ("exit 4", "node 1 ended with status 4 before it served"),
         ("""echo '{"event": "error", "code": "NotEnoughMemory", "message": "too little"}'""", "node 1: too little"),
     ],
