@@ -66,6 +66,30 @@ class Guesser(Protocol):
         ...
 
 
+class Chance:
+    """How likely a guess is right where the ones before it are, by how guesses came out lately."""
+
+    def __init__(self, prior: float) -> None:
+        """`prior`: what it is before anything is known."""
+        self._prior = prior
+        self._tried = self._right = 0.0
+
+    @property
+    def now(self) -> float:
+        return (self._right + self._prior * PRIOR_WEIGHT) / (self._tried + PRIOR_WEIGHT)
+
+    def checked(self, guesses: int, right: int) -> None:
+        """So many were sent, of which the first `right` were right."""
+        self._right = self._right * FORGETS + right
+        # the first that is wrong was tried; those after it were not
+        self._tried = self._tried * FORGETS + min(guesses, right + 1)
+
+    def passed(self) -> None:
+        """A token has come without a guess."""
+        self._right *= FORGETS_IDLY
+        self._tried *= FORGETS_IDLY
+
+
 class Lookup:
     """Guesses what followed before."""
 
@@ -79,8 +103,7 @@ class Lookup:
         """How many tokens stood before, of the guesses that are under way."""
         self._copied = (0, 0)
         """Where what they repeat begins, and how many tokens there were when they were made."""
-        self._tried = dict.fromkeys(PRIORS, 0.0)
-        self._right = dict.fromkeys(PRIORS, 0.0)
+        self._chances = {length: Chance(prior) for length, prior in PRIORS.items()}
         self.cost = Cost()
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
@@ -89,7 +112,7 @@ class Lookup:
         for length in range(LONGEST, SHORTEST - 1, -1):
             start = self._seen.get(tuple(tokens[-length:])) if len(tokens) > length else None
             if start is not None:
-                count = self.cost.best_guesses(self.chance(length), min(most, MOST))
+                count = self.cost.best_guesses(self._chances[length].now, min(most, MOST))
                 self._matched = length if count else 0
                 self._copied = start, len(tokens)
                 return follow(tokens, start, len(tokens), range(count))
@@ -98,15 +121,10 @@ class Lookup:
     def go_on(self, tokens: Sequence[int], ahead: Sequence[int], most: int) -> list[int]:
         if not self._matched:
             return []
-        count = self.cost.best_further(self.chance(self._matched), len(ahead), min(most, MOST))
+        count = self.cost.best_further(self._chances[self._matched].now, len(ahead), min(most, MOST))
         start, end = self._copied
         made = len(tokens) - end + len(ahead)
         return follow(tokens, start, end, range(made, made + count))
-
-    def chance(self, length: int) -> float:
-        """How likely the next guess is right, where the ones before it are."""
-        right = self._right[length] + PRIORS[length] * PRIOR_WEIGHT
-        return right / (self._tried[length] + PRIOR_WEIGHT)
 
     def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
         self.cost.took(rows, step_s, computing_s)
@@ -116,14 +134,10 @@ class Lookup:
 
     def checked(self, guesses: int, right: int) -> None:
         if self._matched and guesses:
-            length = self._matched
-            self._right[length] = self._right[length] * FORGETS + right
-            # the first that is wrong was tried; those after it were not
-            self._tried[length] = self._tried[length] * FORGETS + min(guesses, right + 1)
+            self._chances[self._matched].checked(guesses, right)
         else:
-            for length in PRIORS:
-                self._right[length] *= FORGETS_IDLY
-                self._tried[length] *= FORGETS_IDLY
+            for chance in self._chances.values():
+                chance.passed()
 
     def _read_on(self, tokens: Sequence[int]) -> None:
         """Note what each few tokens are followed by: not the last ones, which nothing follows yet."""
@@ -171,8 +185,18 @@ class Cost:
             self._share += (share - self._share) * (LEARNS if self._share_known else 1.0)
             self._share_known = True
 
+    def best_guesses(self, chance: float, most: int, each_s: float = 0.0) -> int:
+        """How many guesses give most tokens for their time, where each is right with `chance` if those before it are,
+        and is made in `each_s`; 0 where none are worth it, or nothing is known yet."""
+        return self._best(chance, 0, most, 0.0, self._row_s + each_s)
+
     def best_further(self, chance: float, ahead: int, most: int, each_s: float = 0.0) -> int:
         """How many guesses more are worth a further step at once, where `ahead` are being checked already."""
+        first_s = self._share * (self._computing_s - self._row_s)  # a further step's rows are all guesses
+        return self._best(chance, ahead, most, first_s, self._share * self._row_s + each_s)
+
+    def _best(self, chance: float, ahead: int, most: int, any_s: float, each_s: float) -> int:
+        """How many guesses after `ahead` give most tokens for their time: `any_s` for having any, `each_s` for each."""
         if not self._first_s:
             return 0
         all_right = chance**ahead
@@ -182,23 +206,7 @@ class Cost:
         for count in range(1, most + 1):
             all_right *= chance
             tokens += all_right
-            further_s = self._share * (self._computing_s + (count - 1) * self._row_s) + count * each_s
-            rate = tokens / (took_s + further_s)
-            if rate > best_rate:
-                best, best_rate = count, rate
-        return best
-
-    def best_guesses(self, chance: float, most: int, each_s: float = 0.0) -> int:
-        """How many guesses give most tokens for their time, where each is right with `chance` if those before it are,
-        and is made in `each_s`; 0 where none are worth it, or nothing is known yet."""
-        if not self._first_s:
-            return 0
-        best, best_rate = 0, GAIN / self._first_s
-        tokens, all_right = 1.0, 1.0
-        for count in range(1, most + 1):
-            all_right *= chance
-            tokens += all_right
-            rate = tokens / (self._first_s + count * (self._row_s + each_s))
+            rate = tokens / (took_s + any_s + count * each_s)
             if rate > best_rate:
                 best, best_rate = count, rate
         return best

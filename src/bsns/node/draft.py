@@ -15,7 +15,7 @@ import torch
 from bsns.client.kept import common_prefix
 from bsns.client.prompts import Prompts
 from bsns.client.reader import CHUNK_ROWS
-from bsns.client.speculation import FORGETS, LEARNS, PRIOR_WEIGHT, Lookup
+from bsns.client.speculation import LEARNS, Chance, Lookup
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, NotEnoughMemory
 from bsns.model.source import ModelSource
@@ -82,7 +82,7 @@ class Drafter:
         self._fed: list[int] = []
         self._drafted = False
         """Whether the guesses that are under way are the draft model's."""
-        self._tried = self._right = 0.0
+        self.chance = Chance(PRIOR)
         self._each_s = 0.0
         """What one guess takes."""
         self._no_room = False
@@ -96,8 +96,8 @@ class Drafter:
             return guesses
         self._room = self._room or min(len(tokens) + most + 1, self._draft.context_tokens)
         most = min(most, MOST_DRAFTED, self._room - len(tokens))
-        # while one drafts, the others wait
-        count = self._lookup.cost.best_guesses(self.chance, most, self._each_s * max(1, len(self._draft)))
+        each_s = self._each_s * max(1, len(self._draft))  # while one drafts, the others wait
+        count = self._lookup.cost.best_guesses(self.chance.now, most, each_s)
         return self._say(tokens, count) if count else []
 
     def go_on(self, tokens: Sequence[int], ahead: Sequence[int], most: int) -> list[int]:
@@ -105,13 +105,10 @@ class Drafter:
             return self._lookup.go_on(tokens, ahead, most)
         text = [*tokens, *ahead]
         most = min(most, MOST_DRAFTED, self._room - len(text))
-        count = self._lookup.cost.best_further(self.chance, len(ahead), most, self._each_s * max(1, len(self._draft)))
+        count = self._lookup.cost.best_further(
+            self.chance.now, len(ahead), most, self._each_s * max(1, len(self._draft))
+        )
         return self._say(text, count) if count else []
-
-    @property
-    def chance(self) -> float:
-        """How likely the draft model's next guess is right, where the ones before it are."""
-        return (self._right + PRIOR * PRIOR_WEIGHT) / (self._tried + PRIOR_WEIGHT)
 
     def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
         self._lookup.took(rows, step_s, computing_s)
@@ -122,8 +119,7 @@ class Drafter:
     def checked(self, guesses: int, right: int) -> None:
         self._lookup.checked(guesses, right)
         if self._drafted and guesses:
-            self._right = self._right * FORGETS + right
-            self._tried = self._tried * FORGETS + min(guesses, right + 1)
+            self.chance.checked(guesses, right)
 
     def _say(self, tokens: Sequence[int], count: int) -> list[int]:
         if self._number is None:

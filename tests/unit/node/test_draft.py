@@ -86,7 +86,7 @@ def test_it_guesses_less_where_it_is_wrong_or_steps_are_short(draft: Draft, prom
     for _ in range(6):
         drafter.took(1 + many, 1.0, [1e-3])
         drafter.checked(many, 0)
-    assert drafter.chance < 0.2
+    assert drafter.chance.now < 0.2
     assert len(drafter.guess(text, 50)) < many
     quick = ready(draft, 1e-6)
     quick.guess(text, 50)  # how long a guess takes is not known before
