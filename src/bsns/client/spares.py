@@ -56,6 +56,8 @@ class Spare:
     """How many tokens it lacked when it was asked last."""
     sent: int = 0
     """Before the first stage: how many tokens the client has sent it."""
+    sending: int = 0
+    """How many it will have been sent when what is being sent is."""
     feeding: asyncio.Task[None] | None = None
 
 
@@ -141,7 +143,7 @@ class Spares:
         held = self._held.get(reader.session.id)
         if held is not None:
             for spare in held.spares.values():
-                spare.sent = min(spare.sent, position)
+                spare.sent, spare.sending = min(spare.sent, position), min(spare.sending, position)
             held.fed.set()
 
     def heard(self, reader: Reader, teller: PeerId, error: BsnsError) -> bool:
@@ -266,8 +268,9 @@ class Spares:
             while True:
                 held.fed.clear()
                 while spare.sent < reader.sent:
-                    start, spare.sent = spare.sent, min(spare.sent + CHUNK_ROWS, reader.sent)
-                    await self._send_rows(reader, spare.link, start, spare.sent)
+                    spare.sending = min(spare.sent + CHUNK_ROWS, reader.sent)
+                    await self._send_rows(reader, spare.link, spare.sent, spare.sending)
+                    spare.sent = spare.sending
                 await held.fed.wait()
         except BsnsError as error:
             spare.feeding = None

@@ -6,16 +6,21 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from memory_swarm import MemorySwarm, StageShelf, answer, until
 from tiny_models import prompt
 
 from bsns.client.generate import Generator, Piece, Stats
+from bsns.client.links import Link
+from bsns.client.reader import Reader
 from bsns.client.sampling import SamplingOptions
-from bsns.client.spares import Spare
+from bsns.client.spares import Spare, Spares, _Held
 from bsns.core.blocks import BlockRange
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, SessionId
+from bsns.routing.chain import Hop
 from bsns.worker.batching import Batch
 from bsns.worker.faults import FaultyWorker
 from bsns.worker.service import Worker
@@ -423,3 +428,29 @@ async def test_a_spare_that_is_computing_the_step_under_way_costs_nobody_his_pla
     assert tokens == expected
     assert reader.former == {PeerId("a0")}
     await scene.freed()
+
+
+async def test_a_first_spare_is_credited_with_what_it_was_sent_and_stands() -> None:
+    began: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+    may_end = asyncio.Semaphore(0)
+
+    async def send_rows(reader: Reader, link: Link, start: int, end: int) -> None:
+        began.put_nowait((start, end))
+        await may_end.acquire()
+
+    spares = Spares(*cast("Any", (None, None, None)), send_rows)
+    reader = cast("Reader", SimpleNamespace(sent=10, session=SimpleNamespace(id=SessionId(1))))
+    spare = Spare(Hop(PeerId("a"), BlockRange(0, 1), ()), (None, None), link=cast("Link", object()))
+    held = spares._held[SessionId(1)] = _Held({spare.hop.peer: spare})
+    spare.feeding = asyncio.create_task(spares._feed(reader, held, spare))
+    async with asyncio.timeout(5):
+        assert await began.get() == (0, 10)
+        assert spare.sent == 0  # were it taken now, all would have to be sent
+        spares.fed(reader, 4)  # the guesses from there on were wrong
+        may_end.release()
+        assert await began.get() == (4, 10)
+        assert spare.sent == 4
+        may_end.release()
+        await until(lambda: spare.sent == 10)
+    spare.feeding.cancel()
+    await asyncio.gather(spare.feeding, return_exceptions=True)
