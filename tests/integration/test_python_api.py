@@ -154,14 +154,17 @@ def test_clients_leave_no_daemon() -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_node_lost_in_the_middle_of_an_answer(tiny: str, signum: signal.Signals) -> None:
-    with running("up", tiny, "--nodes", "2", "--json") as command:
-        invite = await asyncio.to_thread(lambda: command.event("serving")["invite"])
-        async with bsns.Client(invite, tiny, deadline_s=3.0) as client:
-            texts = client.generate("Hi", max_tokens=30000)
-            await anext(texts)
-            started_s = time.monotonic()
-            command.family.look().named("2:4")[0].send_signal(signum)
-            with pytest.raises(MissingBlocks, match="it is needed because"):
-                async for _ in texts:
-                    pass
-            assert time.monotonic() - started_s < 6
+    with running("serve", tiny, "--blocks", "0:2", "--threads", "1", "--json") as first:
+        invite = await asyncio.to_thread(lambda: first.event("serving")["invite"])
+        # by themselves: `bsns up` would start it again
+        with running("serve", tiny, "--blocks", "2:4", "--join", invite, "--threads", "1", "--json") as second:
+            await asyncio.to_thread(second.event, "serving")
+            async with bsns.Client(invite, tiny, deadline_s=3.0) as client:
+                texts = client.generate("Hi", max_tokens=30000)
+                await anext(texts)
+                started_s = time.monotonic()
+                second.signal(signum)
+                with pytest.raises(MissingBlocks, match="it is needed because"):
+                    async for _ in texts:
+                        pass
+                assert time.monotonic() - started_s < 6
