@@ -105,9 +105,8 @@ class Drafter:
             return self._lookup.go_on(tokens, ahead, most)
         text = [*tokens, *ahead]
         most = min(most, MOST_DRAFTED, self._room - len(text))
-        count = self._lookup.cost.best_further(
-            self.chance.now, len(ahead), most, self._each_s * max(1, len(self._draft))
-        )
+        each_s = self._each_s * max(1, len(self._draft))
+        count = self._lookup.cost.best_further(self.chance.now, len(ahead), most, each_s)
         return self._say(text, count) if count else []
 
     def took(self, rows: int, step_s: float, computing_s: Sequence[float]) -> None:
