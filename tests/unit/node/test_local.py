@@ -121,6 +121,23 @@ async def test_a_node_that_is_lost_now_and_then_is_started_each_time(monkeypatch
             await swarm.close()
 
 
+async def test_a_node_that_is_lost_while_another_is_started_again_is_next() -> None:
+    swarm = Again("exit 1", "exit 2", f"{SERVING}; exec sleep 60", f"{SERVING}; exec sleep 60")
+    told: asyncio.Queue[str] = asyncio.Queue()
+    async with asyncio.timeout(20):
+        for number in range(2):
+            await swarm._begin(BlockRange(number, number + 1), (), Home(), None)
+        mending = asyncio.create_task(swarm.mend(told.put_nowait))
+        try:
+            said = [await told.get() for _ in range(4)]
+            assert sorted(line.partition(" ended")[0] for line in said[::2]) == ["node 1", "node 2"]
+            assert sorted(said[1::2]) == ["node 1 serves again", "node 2 serves again"]
+            assert [process.returncode for process in swarm.processes] == [None, None]
+        finally:
+            mending.cancel()
+            await swarm.close()
+
+
 async def test_a_node_deaf_to_signals_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bsns.node.local.STOP_DEADLINE_S", 0.1)
     serving = """echo '{"event": "serving", "id": "a", "invite": "b"}'"""
