@@ -9,12 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 import pytest
+from running_time import running_s
 
 from bsns.core.errors import BadOption, NoSuchSwarm, PeerLost, PeerUnreachable, PortInUse
 from bsns.protocol.inference import Ping, Pong
@@ -120,15 +120,15 @@ async def test_a_killed_process_takes_its_daemon_along_and_is_lost_at_once(
         assert (await stream.receive())[0] == Pong(1)
         (daemon,) = daemons_of(process.pid)
         process.kill()
-        started_s = time.monotonic()
+        started_s = running_s()
         with pytest.raises(PeerLost):
             await stream.receive()
-        assert time.monotonic() - started_s < 2.0
+        assert running_s() - started_s < 2.0
         daemon.wait(timeout=5)
-        started_s = time.monotonic()
+        started_s = running_s()
         with pytest.raises(PeerUnreachable):
             await client.dial(peer, [address], deadline_s=3.0)
-        assert time.monotonic() - started_s < 4.0
+        assert running_s() - started_s < 4.0
     finally:
         await client.close()
 
@@ -139,10 +139,10 @@ async def test_an_unreachable_peer_is_given_up_at_the_deadline() -> None:
         port = silent.getsockname()[1]
         client = await Libp2pTransport.start(secrets.token_bytes(32), listen=False)
         try:
-            started_s = time.monotonic()
+            started_s = running_s()
             with pytest.raises(PeerUnreachable):
                 await client.dial(Identity.draw().peer, [f"/ip4/127.0.0.1/tcp/{port}"], deadline_s=0.5)
-            assert time.monotonic() - started_s < 1.5
+            assert running_s() - started_s < 1.5
         finally:
             await client.close()
 

@@ -16,6 +16,7 @@ import pytest
 from hivemind.dht import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
+from running_time import running_s
 
 from bsns.core.errors import BsnsError, NoSuchSwarm, NotAMember, PeerError, PeerLost
 from bsns.core.ids import ModelId
@@ -171,10 +172,10 @@ async def test_a_swarm_that_is_gone_is_named_in_time() -> None:
     founder = Founder.found()
     gone = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.draw().peer}"
     invite = founder.make_invite([gone], 3600, now_s=time.time())
-    started_s = time.monotonic()
+    started_s = running_s()
     with pytest.raises(NoSuchSwarm):
         await Libp2pTransport.start(secrets.token_bytes(32), bootstrap=invite.bootstrap)
-    assert time.monotonic() - started_s < 10
+    assert running_s() - started_s < 10
 
 
 async def test_a_peer_without_our_directory_is_no_such_swarm() -> None:
@@ -186,10 +187,10 @@ async def test_a_peer_without_our_directory_is_no_such_swarm() -> None:
         membership = Membership.from_invite(Identity.draw(), invite)
         transport = await Libp2pTransport.start(membership.identity.seed, bootstrap=invite.bootstrap)
         stack.push_async_callback(transport.close)
-        started_s = time.monotonic()
+        started_s = running_s()
         with pytest.raises(NoSuchSwarm):
             await HivemindDirectory.join(transport, membership, invite.bootstrap)
-        assert time.monotonic() - started_s < 10
+        assert running_s() - started_s < 10
 
 
 async def test_the_uninvited_cannot_join(swarm: Swarm) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 from memory_swarm import MemorySwarm, StageShelf, answer, until
+from running_time import running_s
 from tiny_models import prompt
 
 from bsns.client import generate as module
@@ -273,11 +274,11 @@ async def test_a_node_that_dies_and_has_no_spare_reaches_the_reader(scene: Scene
     stream = client.stream(prompt(6), SamplingOptions(max_tokens=200))
     await anext(stream)
     scene.swarm.network.kill(PeerId(dead))
-    started_s = time.monotonic()
+    started_s = running_s()
     with pytest.raises(MissingBlocks, match=f"it is needed because .*{dead}"):
         async for _ in stream:
             pass
-    assert time.monotonic() - started_s < DEADLINE_S
+    assert running_s() - started_s < DEADLINE_S
     alive = next(node for name, node in scene.swarm.nodes.items() if name != dead)
     await until(lambda: len(alive.worker.sessions) == 0)
 

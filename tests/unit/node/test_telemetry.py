@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from running_time import running_s
 from tiny_models import prompt
 
 from bsns.cli.telemetry import open_telemetry
@@ -260,6 +261,6 @@ async def test_a_collector_that_is_not_there_holds_nobody_up(monkeypatch: pytest
     monkeypatch.setattr(module, "EXPORT_S", 1.0)
     telemetry = Telemetry.to("test", "http://127.0.0.1:9")
     telemetry.answers("tiny").begin().end(Stats(), None)
-    began_s = time.monotonic()
+    began_s = running_s()
     await telemetry.close()
-    assert time.monotonic() - began_s < 3
+    assert running_s() - began_s < 3

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from running_time import running_s
 
 from bsns.core.errors import BadFrame, BadTensor, FrameTooLarge, PeerLost, PeerUnreachable, ProtocolError
 from bsns.core.ids import PeerId, SessionId
@@ -160,10 +160,10 @@ class TransportConformance:
             await server.close()
             with pytest.raises(PeerLost):
                 await stream.receive()
-            started_s = time.monotonic()
+            started_s = running_s()
             with pytest.raises(PeerUnreachable):
                 await client.dial(server.peer, addresses, deadline_s=2.0)
-            assert time.monotonic() - started_s < 4.0
+            assert running_s() - started_s < 4.0
 
     async def test_an_unknown_peer_is_unreachable(self, pair: tuple[Transport, Transport]) -> None:
         _, client = pair
