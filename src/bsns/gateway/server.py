@@ -7,13 +7,17 @@ import contextlib
 import socket
 from collections.abc import Generator
 
+import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bsns.core.errors import BadOption, PortInUse
 from bsns.gateway.settings import Settings
 
 DRAIN_S = 30.0
+HEAD_S = 30.0
+"""How long the head of a request may take to come; gate.py sees to bodies."""
 BACKLOG = 2048
 """uvicorn's."""
 SEND_BYTES = 64 << 10
@@ -26,6 +30,36 @@ class _Quiet(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+class _Timely(H11Protocol):
+    """uvicorn's HTTP/1.1, but for a head that does not come: uvicorn keeps such a connection for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._look()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        """Between two requests uvicorn's own, shorter timer runs until there is a byte of the next."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEAD_S, self.timeout_keep_alive_handler)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class Listener:
@@ -64,6 +98,8 @@ class Listener:
         """Until cancelled; then streams have `drain_s` to end."""
         config = uvicorn.Config(
             app,
+            http=_Timely,
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
