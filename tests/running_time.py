@@ -1,7 +1,8 @@
 """A clock for bounds on what code waits for: it stands still while this process cannot run.
 
 Another guest of the same host, or the collection of garbage of a whole test suite, stops a process for a second now
-and then. That is not what a bound like "within 0.3 s, or a deadline was waited for" is about.
+and then, and others on the same cores slow it down. That is not what a bound like "within 0.3 s, or a deadline was
+waited for" is about.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import threading
 import time
 
 TICK_S = 0.005
-MOST_S = 0.05
-"""What one tick counts at most. Code that held the interpreter's lock for longer than this would be let off, too."""
+MOST_S = 0.01
+"""What one tick counts at most: itself, and what a busy thread keeps the interpreter's lock for (its switch interval).
+Code that held the lock for longer would be let off, too."""
 
 
 class _Clock(threading.Thread):

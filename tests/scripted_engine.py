@@ -13,7 +13,7 @@ import torch
 
 from bsns.client.decoder import Answer
 from bsns.client.detokenize import Detokenizer, StopMatcher
-from bsns.client.generate import Piece, Stats
+from bsns.client.pieces import Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.tally import Tally

@@ -14,7 +14,9 @@ from memory_swarm import MemorySwarm, StageShelf, answer
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, UNSUPPORTED, make_model, prompt, reference
 
-from bsns.client.generate import CHUNK_ROWS, Generator, Stats
+from bsns.client.generate import Generator
+from bsns.client.pieces import Stats
+from bsns.client.reader import CHUNK_ROWS
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadRange, CorruptModel, UnsupportedModel

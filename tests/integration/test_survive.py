@@ -17,7 +17,7 @@ from bsns.bench.emulation import NAMESPACES, Network, hindrance
 from bsns.bench.faults import CLIENT, CUT, SIGNALS, homes
 from bsns.bench.offices import BOOTSTRAP, ORCHESTRATOR, bench_offices
 from bsns.bench.survive import DTYPE, PLACES, Bench, ranges_of
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.model.source import resolve
 from bsns.node.client import Client

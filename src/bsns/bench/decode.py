@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from bsns.bench.machine import cpu_name
 from bsns.bench.pipes import PipeLine
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions, sample
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from bsns.bench.emulation import Network, Way
 from bsns.bench.faults import homes
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.model.source import SMOLLM2, ModelSource, cache_dir, resolve
 from bsns.node.client import Client

@@ -20,7 +20,7 @@ from typing import Any
 from bsns.bench.emulation import Network, hindrance
 from bsns.bench.faults import CLIENT, CUT, Faults, homes
 from bsns.bench.struck import Cell, Outcome, answer, is_freed, recomputed, rows_of, table, until_whole
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, PeerError, PeerTimedOut

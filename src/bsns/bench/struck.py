@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.errors import BsnsError, PeerLost
 from bsns.core.ids import PeerId

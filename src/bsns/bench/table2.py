@@ -22,7 +22,7 @@ import torch
 
 from bsns.bench.emulation import Network, Way
 from bsns.bench.faults import CLIENT, homes
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.model.ends import Ends

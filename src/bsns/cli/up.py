@@ -39,7 +39,7 @@ from bsns.core.words import several, size
 from bsns.node.processes import prepare
 
 if TYPE_CHECKING:
-    from bsns.client.generate import Stats
+    from bsns.client.pieces import Stats
     from bsns.client.sampling import SamplingOptions
     from bsns.model.source import ModelSource
     from bsns.node.client import Client
@@ -250,7 +250,7 @@ async def answer(
     forecast: Forecast | None = None,
 ) -> None:
     """Stream one answer and report what it cost."""
-    from bsns.client.generate import Stats
+    from bsns.client.pieces import Stats
 
     stats = Stats()
     text, finished = "", None

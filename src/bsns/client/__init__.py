@@ -12,6 +12,10 @@ pace        which stage has become slow (pure)
 decoder     the thread that turns activations into tokens and tokens into activations
 tracing     the port to whoever traces answers
 tally       what a client has done so far, in figures
+opening     sessions on the best route, in turn where there is no room
+parking     an answer's session is kept, and taken up again
+intake      what last stages bring back, checked
+pieces      what a stream yields, and what an answer cost
 generate    a prompt's way to a streamed answer
 sampling    logits to a token, a pure function of seed and position
 detokenize  tokens to text, and stop strings

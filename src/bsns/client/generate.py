@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
@@ -14,107 +13,44 @@ import torch
 from bsns.client.decoder import SHORT_S, Answer, Arrived, Decoder, Turned
 from bsns.client.detokenize import Detokenizer, StopMatcher
 from bsns.client.finding import Blame, ChooseCodec, FindRoute, Release
-from bsns.client.kept import Kept, KeptSessions
+from bsns.client.intake import Intake
 from bsns.client.links import Link, Links
+from bsns.client.opening import Opener
+from bsns.client.parking import Parking
+from bsns.client.pieces import Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.reader import CHUNK_ROWS, Awaited, Reader
 from bsns.client.repair import Repairs
-from bsns.client.sampling import Constraint, Logprobs, SamplingOptions
-from bsns.client.session import Session
+from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.spares import Spares
 from bsns.client.speculation import Guesser
 from bsns.client.tally import Tally
 from bsns.client.tracing import Tracer
 from bsns.client.watch import patience_s
-from bsns.compression.rows import NotFinite, decode
 from bsns.core.errors import (
     BadOption,
-    BadTensor,
     BsnsError,
-    CacheFull,
-    CacheTooSmall,
-    PeerError,
     PeerFailed,
     PeerLost,
     PeerSlow,
     PeerTimedOut,
-    PeerUnreachable,
     PromptTooLong,
     ProtocolError,
     Remedy,
-    SwarmError,
 )
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.model.ends import Ends
-from bsns.protocol.codecs import CODECS, RAW, coded
+from bsns.protocol.codecs import RAW, coded
 from bsns.protocol.frames import Buffer
-from bsns.protocol.inference import Part, Passed, Step
-from bsns.routing.chain import Route
+from bsns.protocol.inference import Part, Step
 from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial
 
 log = structlog.get_logger(__name__)
 
-UNREACHED_S = 6.0
-AGAIN_S = 0.5
-"""Whom a node could not dial once, for it was just coming up, it does not dial again for 5 s (libp2p's backoff)."""
-
-PASSING = (PeerUnreachable, PeerLost, PeerTimedOut)
-"""What a node that is there may look like for a moment: coming up, or busier than it ever was."""
-RESUME_S = 2.0
-"""What the stages of a kept session may take to answer; then another is opened."""
-OPEN_S = 5.0
-"""What one attempt to open a session may take: then whoever did not answer is avoided in the next."""
 LEAST_S = 3.0
 """What an answer has for its first token in any case, however long opening took."""
-ROOM_S = 6.0
-"""How long an answer that finds no room waits for some, before it is refused."""
-FIRST_LOOK_S = 0.05
-MOST_LOOK_S = 0.3
-"""How long until the client asks for room again, longer each time; less than what a place in a line is kept for."""
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What a stream yields: new text, and with the last piece why it ended (`stop` or `length`)."""
-
-    text: str
-    token: int | None
-    finished: str | None = None
-    logprobs: Logprobs | None = None
-    """Of the token, if the options ask for them."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """What one answer cost. Times in milliseconds; per-hop lists hold one entry per stage of the route."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Of the prompt's: those that its stages had from the answer before."""
-    session: str = ""
-    """The id under which the nodes' logs have it; empty until it is open."""
-    tokens: int = 0
-    ttft_ms: float = 0.0
-    decode_s: float = 0.0
-    """From the first token to the last."""
-    route: Route = ()
-    turns_ms: list[tuple[float, tuple[Passed, ...]]] = field(default_factory=list)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decoding speed, without the time to the first token; 0 for answers of a single token."""
-        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s > 0 else 0.0
-
-    def own_ms_per_hop(self) -> list[float]:
-        """For each decoding step our own time per hop: everything between two turns but the stages' computing."""
-        return [
-            (total_ms - sum(hop.computing_ms for hop in hops)) / (len(hops) + 1)
-            for total_ms, hops in self.turns_ms[1:]
-            if hops
-        ]
 
 
 class Generator:
@@ -148,17 +84,18 @@ class Generator:
         kept for prompts that go on where they ended (client.kept); `claim` is told of their routes then."""
         self.prompts = prompts
         self.context_tokens = context_tokens
-        self._model = model
+        self.vocab_size = ends.vocab_size
+        self.tally = Tally()
         self._dtype = dtype
         self._hidden_size = ends.hidden_size
-        self.vocab_size = ends.vocab_size
-        self._find_route = find_route
-        self._choose_codec = choose_codec
         self._release = release
-        self._blame = blame
         self._deadline_s = deadline_s
         self._clock = clock
-        self._links = Links(dial, self._on_results, self._on_told, self._on_lost, clock)
+        self._warm_spares = warm_spares
+        self._guesser = guesser
+        self._tracer = tracer
+        self._readers: dict[SessionId, Reader] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._decoder = Decoder(
             ends,
             dtype=dtype,
@@ -168,21 +105,30 @@ class Generator:
             clock=clock,
             short_s=short_turn_s,
         )
-        self._warm_spares = warm_spares
-        self._guesser = guesser
-        self._kept = KeptSessions(keep_sessions)
-        self._keeps = keep_sessions > 0
-        self._claim = claim
-        self._tracer = tracer
+        self._parking = Parking(keep_sessions, claim, blame, self._spawn)
+        self._intake = Intake(
+            self._readers,
+            self._parking,
+            self._decoder,
+            self.tally,
+            self._on_failure,
+            dtype=dtype,
+            hidden_size=ends.hidden_size,
+        )
+        self._links = Links(dial, self._intake.take, self._on_told, self._on_lost, clock)
+        self._opener = Opener(
+            self._links,
+            find_route,
+            release,
+            blame,
+            clock,
+            model=model,
+            dtype=dtype,
+            choose_codec=choose_codec,
+            deadline_s=deadline_s,
+        )
         self._spares = Spares(find_route, release, blame, self._send_rows)
         self._repairs = Repairs(find_route, release, blame, self._feed, self._spares, self._links, clock)
-        self.tally = Tally()
-        self._readers: dict[SessionId, Reader] = {}
-        self._trailing: dict[SessionId, tuple[int, asyncio.Event]] = {}
-        """Of answers that have ended while guesses are on their way: the turn of the last of them, and that it came."""
-        self._waiting = asyncio.Lock()
-        """Held by the answer that asks for room again: the others come after it in their order."""
-        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def links(self) -> Links:
@@ -236,8 +182,8 @@ class Generator:
         parent = trace.parent if trace is not None else ""
         self.tally.waiting += 1
         try:
-            kept = await self._resume(tokens, len(tokens) + max_tokens, tenant, parent)
-            session, common = kept or (await self._open(len(tokens) + max_tokens, parent), 0)
+            kept = await self._parking.resume(tokens, len(tokens) + max_tokens, tenant, parent)
+            session, common = kept or (await self._opener.open(len(tokens) + max_tokens, parent), 0)
         except BaseException as error:
             if trace is not None:
                 trace.end(stats, error)
@@ -307,7 +253,7 @@ class Generator:
             raise PromptTooLong(f"{len(tokens)} tokens do not fit the model's context of {self.context_tokens}")
         if not 0 <= start < len(tokens):
             raise BadOption(f"a text of {len(tokens)} tokens has no position {start}")
-        session = await self._open(len(tokens))
+        session = await self._opener.open(len(tokens))
         reader = self._readers[session.id] = Reader(session, tokens)
         try:
             for chunk in range(start // CHUNK_ROWS * CHUNK_ROWS, len(tokens), CHUNK_ROWS):
@@ -332,117 +278,14 @@ class Generator:
         await self._links.close()
         await self._decoder.close()
 
-    async def _open(self, max_tokens: int, trace: str = "") -> Session:
-        """A session on the best route, as soon as there is room for it. Raises CacheFull if there is none within
-        `ROOM_S`, at once where there cannot be any, and what `_open_somewhere` does."""
-        give_up_s = self._clock.now_s() + self._deadline_s
-        refusal: CacheFull | None = None
-        if not self._waiting.locked():  # otherwise others wait, and come first
-            try:
-                return await self._open_somewhere(max_tokens, give_up_s, trace)
-            except CacheTooSmall:
-                raise
-            except CacheFull as error:
-                refusal = error
-        try:
-            async with asyncio.timeout(max(0.0, min(ROOM_S, give_up_s - self._clock.now_s()))), self._waiting:
-                look_s = FIRST_LOOK_S
-                while True:
-                    try:
-                        return await self._open_somewhere(max_tokens, give_up_s, trace, in_line=True)
-                    except CacheTooSmall:
-                        raise
-                    except CacheFull as error:
-                        refusal = error
-                    await asyncio.sleep(look_s)
-                    look_s = min(2 * look_s, MOST_LOOK_S)
-        except TimeoutError:
-            why = refusal.message if refusal is not None else "others wait for room before this answer"
-            raise CacheFull(f"the swarm is full: {why}; ask again later, or add a node") from None
-
-    async def _open_somewhere(
-        self, max_tokens: int, give_up_s: float, trace: str = "", *, in_line: bool = False
-    ) -> Session:
-        """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
-        after `give_up_s`. Where somebody was silent and nobody else is left, all are tried again for a while.
-
-        `in_line`: stages that announced that they are full are asked too, for that may be over.
-        """
-        began_s = self._clock.now_s()
-        avoid: set[PeerId] = set()
-        refusal: BsnsError | None = None
-        while True:
-            try:
-                try:
-                    route = await self._find_route(max_tokens, avoid, None, bool(avoid) and not in_line)
-                except CacheFull:
-                    if not in_line or avoid:
-                        raise
-                    route = await self._find_route(0, avoid, None, False)
-            except (SwarmError, PeerError) as error:
-                if isinstance(refusal, PASSING) and self._clock.now_s() - began_s < UNREACHED_S:
-                    avoid.clear()
-                    await asyncio.sleep(AGAIN_S)
-                    continue
-                raise refusal or error from None  # the refusal says more than that nobody is left
-            session = Session(
-                self._links,
-                route,
-                model=self._model,
-                dtype=self._dtype,
-                max_tokens=max_tokens,
-                choose_codec=self._choose_codec,
-                trace=trace,
-            )
-            try:
-                left_s = max(AGAIN_S, give_up_s - self._clock.now_s())
-                await session.open(min(OPEN_S, left_s), in_line=in_line)
-            except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
-                self._release(route)
-                refusal = error
-                if error.peer is not None:
-                    self._blame(error.peer, error)
-                blamed = {error.peer} if error.peer is not None else {hop.peer for hop in route}
-                if self._clock.now_s() > give_up_s or blamed <= avoid:
-                    raise
-                avoid |= blamed
-            except BaseException:
-                self._release(route)
-                raise
-            else:
-                return session
-
-    async def _resume(
-        self, tokens: Sequence[int], max_tokens: int, tenant: str, trace: str = ""
-    ) -> tuple[Session, int] | None:
-        """A kept session that holds how a prompt begins, with room for its answer, and how much it holds; if its stages
-        still have it and the room."""
-        found = self._kept.take(tokens, tenant)
-        if found is None:
-            return None
-        kept, common = found
-        kept.session.trace = trace
-        try:
-            await kept.session.resume(max_tokens, common, RESUME_S)
-        except BaseException as error:
-            self._spawn(kept.session.close())
-            if isinstance(error, PeerError) and error.peer is not None:
-                self._blame(error.peer, error)
-            if not isinstance(error, BsnsError):
-                raise
-            log.info("a kept session could not go on", session=str(kept.session.id), reason=error.message)
-            return None
-        self._claim(kept.session.route)
-        return kept.session, common
-
     def _end(self, reader: Reader, tenant: str | None = None) -> None:
         """Forget a session, and free it everywhere; in a task of its own, for whoever reads may be cancelled. A
         tenant's answer that has ended in peace is kept."""
         del self._readers[reader.session.id]
         self._decoder.forget(reader.session.id)
-        if tenant is not None and self._keeps and reader.through and reader.rests:
+        if tenant is not None and self._parking.keeps and reader.through and reader.rests:
             if reader.trailing is not None:
-                self._trailing[reader.session.id] = reader.trailing, asyncio.Event()
+                self._parking.trails(reader.session.id, reader.trailing)
             self._spawn(self._keep(reader, tenant))
         else:
             self._spawn(self._free(reader))
@@ -450,25 +293,7 @@ class Generator:
     async def _keep(self, reader: Reader, tenant: str) -> None:
         self._release(reader.session.route)
         await self._spares.end(reader)
-        if not await self._has_passed(reader.session.id):
-            await reader.session.close()
-            return
-        tokens = tuple(reader.tokens[: reader.through])
-        reader.session.park(len(tokens))
-        for gone in self._kept.add(Kept(reader.session, tokens, tenant)):
-            await gone.session.close()
-
-    async def _has_passed(self, session: SessionId) -> bool:
-        """Wait for what is still on its way through an ended answer's stages: whether it is no more."""
-        if session not in self._trailing:
-            return True
-        try:
-            async with asyncio.timeout(RESUME_S):
-                return await self._trailing[session][1].wait()
-        except TimeoutError:
-            return False
-        finally:
-            del self._trailing[session]
+        await self._parking.keep(reader.session, tuple(reader.tokens[: reader.through]), tenant)
 
     async def _free(self, reader: Reader) -> None:
         for task in (reader.looking, reader.mending):
@@ -559,76 +384,6 @@ class Generator:
         self.tally.sent_bytes[codec] += tensors[0].nbytes
         return Step(parts, tensors), list(hidden)
 
-    def _on_results(self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]]) -> None:
-        arrived: list[Arrived] = []
-        self.tally.received_bytes[codec] += sum(rows.nbytes for _, rows in results)
-        try:
-            self._take_results(peer, codec, results, arrived)
-        finally:  # what came before something that is wrong has come
-            if arrived:
-                self._decoder.submit(arrived)
-
-    def _take_results(
-        self, peer: PeerId, codec: str, results: list[tuple[Part, memoryview]], arrived: list[Arrived]
-    ) -> None:
-        """Raises BadTensor for what ends the link."""
-        for part, hidden in results:
-            reader = self._readers.get(part.session)
-            if reader is None:  # closed meanwhile
-                turn, came = self._trailing.get(part.session, (None, None))
-                if came is not None and part.turn == turn:
-                    came.set()
-                continue
-            if not reader.session.may_answer(peer):
-                if peer in reader.former:
-                    continue  # it was given up, and is late
-                raise BadTensor(f"{peer} answered session {part.session}, of which it is not the last stage")
-            if part.wanted and part.turn == reader.trailing:
-                reader.trailing = None
-            end, due = part.position + part.rows, reader.due
-            if due is None or end <= reader.through or (part.wanted and part.turn != due.turn):
-                continue  # it came twice: once before a repair, once after
-            if not part.wanted and end <= reader.awaited[0].start:
-                self._trace(reader, reader.through, end, part)
-                reader.came_through(end)
-                reader.heard.put_nowait(None)  # a chunk of the prompt has come through
-                continue
-            if not part.wanted and reader.former:
-                continue  # who took a stage's place passes on what it was computing along; what is wanted follows
-            row_bytes = CODECS[codec].row_bytes(self._hidden_size, self._dtype)
-            if codec != reader.session.brings or hidden.nbytes != part.wanted * row_bytes:
-                raise BadTensor(f"{peer} answered session {part.session} with rows of another codec or size")
-            if part.wanted != due.rows or end != due.end:  # a stage before it may have asked for them
-                problem = f"{part.wanted} rows up to {end} came back in place of {due.rows} up to {due.end}"
-                lost = PeerLost(f"node {peer} broke the protocol, or a stage before it: {problem}")
-                self._on_failure(part.session, lost.about(peer))
-                continue
-            try:
-                rows = decode(codec, hidden, self._dtype, self._hidden_size)
-            except NotFinite:
-                lost = PeerLost(f"node {peer} broke the protocol: it answered with scales that are no numbers")
-                self._on_failure(part.session, lost.about(peer))
-                continue
-            if reader.answer is None:
-                reader.came_through(end)
-                reader.heard.put_nowait(memoryview(rows))
-            else:
-                self._trace(reader, due.start if reader.turns else reader.through, end, part)
-                reader.trailing = None  # it would have come before this
-                reader.came.append(Arrived(reader.answer, rows, part.hops))
-                if len(reader.came) == 1:  # otherwise the decoder has one that comes before it
-                    arrived.append(reader.came[0])
-
-    def _trace(self, reader: Reader, start: int, end: int, part: Part) -> None:
-        """A step has come through; how many rows it had is not for others to say."""
-        if reader.trace is None:
-            return
-        route, rows = reader.session.route, end - start
-        if reader.turns:
-            reader.trace.decoded(route, rows, part.hops)
-        elif (sent_s := reader.sent_s.pop(end, None)) is not None:
-            reader.trace.prefilled(route, rows, sent_s, part.hops)
-
     def _on_turned(self, turned: list[Turned]) -> None:
         """Send every answer's next step, those that enter at the same node in one frame, and tell the readers."""
         groups: defaultdict[tuple[Link, str], list[tuple[Part, Buffer]]] = defaultdict(list)
@@ -714,8 +469,7 @@ class Generator:
             if any(hop.peer == peer for hop in reader.session.route):
                 self._repairs.lose(reader, peer, error)
             self._spares.lost(reader, peer, error)
-        for kept in self._kept.lose(peer):
-            self._spawn(kept.session.close())
+        self._parking.lose(peer)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from bsns.client.pieces import Stats
 from bsns.protocol.inference import Passed
 from bsns.routing.chain import Route
-
-if TYPE_CHECKING:
-    from bsns.client.generate import Stats
 
 Hops = Sequence[Passed]
 """For each stage milliseconds inside the node, and of those computing: in its own words, which may be any numbers."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
-from bsns.client.generate import Piece, Stats
+from bsns.client.pieces import Piece, Stats
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.gateway.engine import Engine
 from bsns.gateway.metrics import Metrics

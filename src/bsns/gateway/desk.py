@@ -16,7 +16,7 @@ from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
-from bsns.client.generate import Piece
+from bsns.client.pieces import Piece
 from bsns.core.errors import BsnsError, MissingBlocks
 from bsns.gateway.answering import Answers, Ask, Usage
 from bsns.gateway.chat import constraint_of, prompt_of

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from bsns.client.generate import Piece, Stats
+from bsns.client.pieces import Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.tally import Tally

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from bsns.client.generate import Piece
+from bsns.client.pieces import Piece
 from bsns.client.sampling import Logprobs
 from bsns.gateway.answering import Usage
 from bsns.gateway.tools import CallReader, ToolCall

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from bsns.client.generate import Generator, Piece, Stats
+from bsns.client.generate import Generator
+from bsns.client.pieces import Piece, Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.client.speculation import Guesser, Lookup

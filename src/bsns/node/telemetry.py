@@ -25,7 +25,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 import bsns
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.tracing import Hops
 from bsns.core.errors import BadOption, BsnsError
 from bsns.core.ids import PeerId

@@ -14,7 +14,7 @@ from scripted_engine import ScriptedEngine, chat, client_of
 from tiny_models import prompt
 
 from bsns.cli.logs import log_to_stderr
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.prompts import Prompts
 from bsns.client.sampling import SamplingOptions
 from bsns.core.ids import PeerId

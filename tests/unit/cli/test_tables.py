@@ -8,7 +8,7 @@ import msgspec
 from rich.console import Console
 
 from bsns.cli import status, up
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.memory import MemoryUse

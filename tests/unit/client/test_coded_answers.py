@@ -13,7 +13,8 @@ from memory_swarm import MemorySwarm, StageShelf, answer, until
 from tiny_models import prompt
 
 from bsns.client.finding import ChooseCodec
-from bsns.client.generate import CHUNK_ROWS, Generator
+from bsns.client.generate import Generator
+from bsns.client.reader import CHUNK_ROWS
 from bsns.client.sampling import SamplingOptions
 from bsns.core.errors import BsnsError
 from bsns.core.ids import PeerId

@@ -15,7 +15,8 @@ from memory_swarm import MemorySwarm, StageShelf, answer, until
 from running_time import running_s
 from tiny_models import prompt
 
-from bsns.client.generate import UNREACHED_S, Generator
+from bsns.client.generate import Generator
+from bsns.client.opening import UNREACHED_S
 from bsns.client.sampling import SamplingOptions
 from bsns.core.errors import BsnsError, CacheFull, CacheTooSmall, PeerError, SwarmError
 from bsns.core.ids import PeerId
@@ -140,7 +141,7 @@ async def scene(shelf: StageShelf, tiny_model: Callable[[str], Path]) -> AsyncIt
 async def test_all_the_room_is_used_and_the_rest_are_refused_in_time(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
-    monkeypatch.setattr("bsns.client.generate.ROOM_S", 2.0)
+    monkeypatch.setattr("bsns.client.opening.ROOM_S", 2.0)
     await scene.start()
     undisturbed = await scene.undisturbed()
     clients, hold = scene.clients(), asyncio.Event()
@@ -213,7 +214,7 @@ async def test_a_stage_that_dies_meanwhile(
     scene: Scene, number: int, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     """Answers go on where there is room on another node, and nobody hangs."""
-    monkeypatch.setattr("bsns.client.generate.ROOM_S", 2.0)
+    monkeypatch.setattr("bsns.client.opening.ROOM_S", 2.0)
     await scene.start(f"b{number}")
     undisturbed = await scene.undisturbed()
     clients, hold = scene.clients(), asyncio.Event()
@@ -265,7 +266,7 @@ async def test_one_that_waits_can_be_cancelled(scene: Scene) -> None:
     first = asyncio.create_task(scene.ask(client, hold))
     await until(lambda: scene.sessions() == 1)
     tasks = [asyncio.create_task(scene.ask(client)) for _ in range(3)]
-    await until(client._waiting.locked)
+    await until(client._opener._waiting.locked)
     await asyncio.sleep(0.1)
     tasks[0].cancel()
     hold.set()

@@ -14,8 +14,10 @@ from memory_swarm import MemorySwarm, StageShelf, answer, until
 from running_time import running_s
 from tiny_models import prompt
 
-from bsns.client import generate as module
-from bsns.client.generate import CHUNK_ROWS, Generator, Piece, Stats
+from bsns.client import opening as module
+from bsns.client.generate import Generator
+from bsns.client.pieces import Piece, Stats
+from bsns.client.reader import CHUNK_ROWS
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import (
@@ -401,7 +403,7 @@ async def test_a_stage_whose_results_have_another_size_or_codec_is_replaced(
     logits = await _logits(client, prompt(6))
     honest = client.stream(prompt(6), SamplingOptions(max_tokens=20))
     await anext(honest)
-    client._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
+    client._opener._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
     assert await answer(client, prompt(6), SamplingOptions(max_tokens=9)) == expected[:9]  # the liar is replaced
     assert torch.equal(await _logits(client, prompt(6)), logits)
     assert len([piece async for piece in honest]) == 19
@@ -446,7 +448,7 @@ async def test_a_stage_that_only_says_it_is_coming_is_replaced_or_ends_at_the_de
 
     await liar.listen(lull)
     client = scene.swarm.client(scene.ends, deadline_s=0.2)
-    client._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
+    client._opener._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
     said = await asyncio.wait_for(answer(client, prompt(6), SamplingOptions(max_tokens=3)), 3)
     assert len(said) == 3  # by others
     scene.swarm.network.kill(PeerId("node-1"))

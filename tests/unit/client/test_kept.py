@@ -9,8 +9,9 @@ import pytest
 from memory_swarm import MemorySwarm, StageShelf, answer, until
 from tiny_models import prompt
 
-from bsns.client.generate import Generator, Stats
+from bsns.client.generate import Generator
 from bsns.client.kept import Kept, KeptSessions, common_prefix
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.client.speculation import Lookup
 from bsns.core.ids import PeerId
@@ -129,7 +130,7 @@ async def test_a_stage_lost_while_nobody_asks(scene: Scene, lost: str) -> None:
     expected, _ = await said(client, FIRST)
     await scene.parked(1)
     scene.swarm.network.kill(PeerId(lost))
-    await until(lambda: not len(client._kept))
+    await until(lambda: not len(client._parking._kept))
     tokens, stats = await said(client, FIRST)
     assert (tokens, stats.cached_tokens) == (expected, 0)
     alive = [node.worker.sessions for name, node in scene.swarm.nodes.items() if name != lost]
@@ -175,7 +176,7 @@ async def test_no_more_than_so_many_are_kept(scene: Scene) -> None:
     for start in range(4):
         await said(client, prompt(90)[start:])
     await scene.parked(2)
-    assert len(client._kept) == 2
+    assert len(client._parking._kept) == 2
 
 
 def test_which_session_serves_a_prompt() -> None:

@@ -12,7 +12,8 @@ import pytest
 from memory_swarm import MemorySwarm, StageShelf, answer, until
 from tiny_models import prompt
 
-from bsns.client.generate import Generator, Piece, Stats
+from bsns.client.generate import Generator
+from bsns.client.pieces import Piece, Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.client.speculation import MOST, PRIORS, Cost, Lookup, follow
 from bsns.core.ids import PeerId
@@ -176,9 +177,9 @@ async def test_an_answer_that_ends_amid_steps_is_kept_when_they_have_passed(scen
     oracle = Oracle([*PROMPT, *expected], most=3, further=True)
     client = scene.client(oracle, end_tokens={end}, keep_sessions=4)
     assert await answer(client, PROMPT, GREEDY) == expected[:upto]
-    assert client._trailing, "its last guesses are on their way"
-    await until(lambda: len(client._kept) == 1)
-    assert not client._trailing
+    assert client._parking._trailing, "its last guesses are on their way"
+    await until(lambda: len(client._parking._kept) == 1)
+    assert not client._parking._trailing
     longer = [*PROMPT, *expected[:upto], *prompt(5)]
     stats = Stats()
     again = [piece.token async for piece in client.stream(longer, GREEDY, stats, guess=False)]
@@ -190,7 +191,7 @@ async def test_an_answer_that_ends_amid_steps_is_kept_when_they_have_passed(scen
 async def test_an_answer_that_ends_amid_steps_that_are_lost_is_not_kept(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bsns.client.generate.RESUME_S", 0.05)
+    monkeypatch.setattr("bsns.client.parking.RESUME_S", 0.05)
     await scene.start()
     expected = await scene.undisturbed(GREEDY)
     client = scene.client(Oracle([*PROMPT, *expected]), keep_sessions=4)
@@ -200,7 +201,7 @@ async def test_an_answer_that_ends_amid_steps_that_are_lost_is_not_kept(
     async for _ in stream:
         reader.trailing = 10**6
     await until(lambda: not any(len(node.worker.sessions) for node in scene.swarm.nodes.values()))
-    assert (len(client._kept), client._trailing) == (0, {})
+    assert (len(client._parking._kept), client._parking._trailing) == (0, {})
 
 
 async def test_guesses_that_passed_before_the_answer_was_read_are_not_waited_for(scene: Scene) -> None:
@@ -211,8 +212,8 @@ async def test_guesses_that_passed_before_the_answer_was_read_are_not_waited_for
     client = scene.client(oracle, end_tokens={expected[upto - 1]}, keep_sessions=4)
     async for _ in client.stream(PROMPT, GREEDY):
         await asyncio.sleep(0.01)
-    assert not client._trailing
-    await until(lambda: len(client._kept) == 1, 0.5)
+    assert not client._parking._trailing
+    await until(lambda: len(client._parking._kept) == 1, 0.5)
 
 
 async def test_an_answer_given_up_amid_a_turn_leaves_the_next_on_its_session_alone(scene: Scene) -> None:
@@ -243,7 +244,7 @@ async def test_an_answer_given_up_amid_a_turn_leaves_the_next_on_its_session_alo
     await until(held.is_set)
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
-    await until(lambda: len(client._kept) == 1)
+    await until(lambda: len(client._parking._kept) == 1)
     second = asyncio.create_task(_tokens(client.stream(long, GREEDY, guess=False)))
     await until(lambda: bool(client._readers))
     may_go_on.set()
@@ -269,7 +270,7 @@ async def test_a_first_stage_lost_after_the_last_token_costs_nothing(scene: Scen
     await until(lambda: reader.sent == reader.through)
     tokens += await _tokens(stream)
     assert tokens == expected
-    await until(lambda: len(client._kept) == 1)
+    await until(lambda: len(client._parking._kept) == 1)
     stats, longer = Stats(), [*PROMPT, *expected, *prompt(5)]
     again = [piece.token async for piece in client.stream(longer, GREEDY, stats, guess=False)]
     assert stats.cached_tokens == len(PROMPT) + len(expected) - 1
@@ -425,7 +426,7 @@ async def test_what_a_replay_brings_of_wrong_guesses_is_not_taken(scene: Scene) 
     due = reader.due
     assert due is not None
     assert late.position + 1 == reader.goal
-    client._on_results(PeerId("a2"), RAW, [(late, wrong)])
+    client._intake.take(PeerId("a2"), RAW, [(late, wrong)])
     assert reader.due == due
     tokens += [piece.token async for piece in stream]
     assert (tokens, client.repairs) == (expected, 0)
@@ -459,7 +460,7 @@ async def test_a_last_stage_that_answers_a_later_step_first_is_not_believed(scen
     for step, turn in ((later, later.turn), (later, 10**9)):
         part = Part(reader.session.id, step.start, step.rows, step.rows, turn=turn)
         lie = memoryview(bytes(4 * scene.ends.hidden_size * step.rows))
-        client._on_results(PeerId("a2"), RAW, [(part, lie)])
+        client._intake.take(PeerId("a2"), RAW, [(part, lie)])
     assert reader.due == due
     tokens += await _tokens(stream)
     assert (tokens, client.repairs) == (expected, 0)

@@ -10,7 +10,8 @@ from pathlib import Path
 from memory_swarm import MemorySwarm, StageShelf, until
 from tiny_models import prompt
 
-from bsns.client.generate import Generator, Piece
+from bsns.client.generate import Generator
+from bsns.client.pieces import Piece
 from bsns.client.sampling import SamplingOptions
 from bsns.worker.torch_executor import TorchExecutor
 

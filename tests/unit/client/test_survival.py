@@ -13,7 +13,9 @@ from memory_swarm import MemorySwarm, StageShelf, answer, until
 from running_time import running_s
 from tiny_models import prompt
 
-from bsns.client.generate import CHUNK_ROWS, Generator, Piece, Stats
+from bsns.client.generate import Generator
+from bsns.client.pieces import Piece, Stats
+from bsns.client.reader import CHUNK_ROWS
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, MissingBlocks, PeerLost, PeerSlow, PeerTimedOut, PromptTooLong

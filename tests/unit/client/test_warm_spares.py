@@ -14,8 +14,9 @@ from memory_swarm import MemorySwarm, StageShelf, answer, until
 from running_time import running_s
 from tiny_models import prompt
 
-from bsns.client.generate import Generator, Piece, Stats
+from bsns.client.generate import Generator
 from bsns.client.links import Link
+from bsns.client.pieces import Piece, Stats
 from bsns.client.reader import Reader
 from bsns.client.sampling import SamplingOptions
 from bsns.client.spares import Spare, Spares, _Held

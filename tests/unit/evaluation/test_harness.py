@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bsns.client.generate import Piece
+from bsns.client.pieces import Piece
 from bsns.client.sampling import SamplingOptions
 from bsns.core.errors import BadOption, PeerLost
 from bsns.evaluation import scoring

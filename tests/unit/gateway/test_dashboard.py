@@ -19,7 +19,7 @@ import pytest
 from memory_swarm import until
 from scripted_engine import ScriptedEngine, chat, client_of, node_status, show
 
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import PeerLost
 from bsns.core.ids import PeerId

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.gateway.running import RunningAnswers
 
 

@@ -23,7 +23,7 @@ from running_time import running_s
 from tiny_models import prompt
 
 from bsns.cli.telemetry import open_telemetry
-from bsns.client.generate import Stats
+from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption, PeerError, SwarmError
