@@ -33,8 +33,8 @@ from bsns.core.errors import BadOption, BsnsError, NotAMember, PeerFailed, Remed
 
 T = TypeVar("T")
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True, emoji=False)
+err = Console(stderr=True, soft_wrap=True, emoji=False)
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 ExecutorName = Literal["auto", "native", "torch"]

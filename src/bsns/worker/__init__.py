@@ -15,5 +15,7 @@ replays          journals on their way to a new next stage, or along to a spare
 relay            streams to the next stages
 tracing          the port to whoever traces what a stage does for each session
 tally            what it has done so far, in figures
+speed            how fast a node is (pure)
+clients          the streams of those whose sessions run here
 service          the conversation with clients and neighbours
 """

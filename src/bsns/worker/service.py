@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-import statistics
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +23,6 @@ from bsns.core.errors import (
 )
 from bsns.core.ids import PeerId, SessionId
 from bsns.core.memory import MemoryUse
-from bsns.core.plan import block_times
 from bsns.protocol.codecs import CODECS, RAW, coded
 from bsns.protocol.frames import Buffer, Message
 from bsns.protocol.greeting import Refusal
@@ -58,12 +56,14 @@ from bsns.transport.clock import MACHINE_CLOCK, Clock
 from bsns.transport.port import Dial, Stream
 from bsns.worker.batching import Batch, Batcher, Work
 from bsns.worker.calibration import time_blocks
+from bsns.worker.clients import Clients, post, report
 from bsns.worker.coding import run_coded
 from bsns.worker.executor import Executor
 from bsns.worker.journal import Journal
 from bsns.worker.relay import Relay
 from bsns.worker.replays import Answer, Replays
 from bsns.worker.sessions import Session, SessionTable
+from bsns.worker.speed import Speed
 from bsns.worker.tally import Tally
 from bsns.worker.tracing import StageTrace, StageTracer
 
@@ -72,12 +72,9 @@ log = structlog.get_logger(__name__)
 Outputs = list[Buffer | BsnsError]
 SHORT_S = 0.05
 """Such batches are run on the event loop: handing them to the thread and back costs 0.13 ms a hop."""
-MEASURED = 15
-"""Steps of a single token from which a node knows how fast it is: few, so that it says soon that it has become slow."""
 BUSY_S = 1.0
 SWEEP_S = 5.0
 """How often idle sessions are looked for."""
-FAR_OFF = 2.0
 REST_S = 60.0
 """A node that has computed nothing for so long measures how fast it is: nobody comes to one that says it is slow."""
 
@@ -115,14 +112,13 @@ class Worker:
         self._batcher = Batcher()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._busy = self._closed = False
-        self._clients: dict[PeerId, Stream] = {}
-        self._opened_on: dict[SessionId, Stream] = {}
+        self._clients = Clients(sessions)
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
         self.tally = Tally()
         self._replays = Replays(
             self._relay,
             self._spawn,
-            self._report_about,
+            self._clients.report,
             dtype=self._dtype,
             hidden_size=self._hidden_size,
             tally=self.tally,
@@ -135,7 +131,7 @@ class Worker:
         self._probes = ProbeLimiter()
         self._worked_s = -math.inf
         self._measured_s = self._now_s()
-        self.block_time_s = block_time_s
+        self._speed = Speed(block_time_s)
         self._loop = asyncio.get_running_loop()
         self._spawn(self._sweep())
 
@@ -147,29 +143,21 @@ class Worker:
             return
         except ProtocolError as error:
             log.warning("peer broke the protocol", peer=stream.peer, error=error.message)
-            self._post(stream, Refusal(error.code, error.message))
+            post(stream, Refusal(error.code, error.message))
             for held in self.sessions.onward_from(stream.peer):  # its client has to know which of us it was
-                self._report(self._clients.get(held.client), held.id, error.about(stream.peer))
+                self._clients.report(held, error.about(stream.peer))
         finally:
-            if self._clients.get(stream.peer) is stream:
-                del self._clients[stream.peer]
-                gone = self.sessions.close_all_of(stream.peer)
-            else:  # a client that has come anew goes on with what it has opened since
-                gone = [session for session, opened_on in self._opened_on.items() if opened_on is stream]
-                for session in gone:
-                    self.sessions.close(session, stream.peer)
-            for session in gone:
+            for session in self._clients.left(stream):
                 self._free(session)
 
     @property
     def block_time_s(self) -> float:
         """What a block takes for a single token: the median of what it took lately."""
-        return self._median_s
+        return self._speed.block_time_s
 
     @block_time_s.setter
     def block_time_s(self, seconds: float) -> None:
-        self._block_times_s = deque([seconds] * (MEASURED // 2 + 1), maxlen=MEASURED)
-        self._median_s = seconds
+        self._speed.set(seconds)
 
     @property
     def steps(self) -> int:
@@ -232,7 +220,7 @@ class Worker:
             self.sessions.drain(blocks)
         error = PeerLeaving("this node is about to leave")
         for session in self.sessions.all():
-            self._report(self._clients.get(session.client), session.id, error)
+            self._clients.report(session, error)
 
     def busy(self) -> bool:
         """Whether it computes, or did within the last second: a stage between two steps of a stream is not idle."""
@@ -268,17 +256,17 @@ class Worker:
                 else:
                     onward = self._relay.sent(session.next)
                     there = There(message.session, session.end, session.done, onward, self.steps)
-                self._post(stream, there)
+                post(stream, there)
             case Close():
                 if self.sessions.close(message.session, stream.peer):
                     self._free(message.session)
-                self._post(stream, Closed(message.session, self.sessions.cache_tokens_left))
+                post(stream, Closed(message.session, self.sessions.cache_tokens_left))
             case Ping():
-                self._post(stream, Pong(message.nonce))
+                post(stream, Pong(message.nonce))
             case Describe():
-                self._post(stream, self.description())
+                post(stream, self.description())
             case Probe():
-                self._post(stream, Probed(message.nonce, self._probe_wait_s(stream.peer, buffers)))
+                post(stream, Probed(message.nonce, self._probe_wait_s(stream.peer, buffers)))
             case _:
                 raise BadFrame(f"a stage does not take {type(message).__name__}")
 
@@ -292,7 +280,7 @@ class Worker:
     def _open(self, stream: Stream, message: Open) -> None:
         """Admit a session before the stream's next message or end, so that whoever leaves now has it freed."""
         held = self.sessions.get(message.session)
-        if held is not None and held.client == stream.peer and self._opened_on.get(held.id) is not stream:
+        if held is not None and held.client == stream.peer and self._clients.opened_elsewhere(held, stream):
             # its client has lost the stream on which it opened this; that we have not heard so yet is nothing to it
             self.sessions.close(held.id, held.client)
             self._free(held.id)
@@ -300,7 +288,7 @@ class Worker:
             session = self.sessions.open(message, stream.peer, self._now_s())
         except BsnsError as error:
             self.tally.refused[error.code] += 1
-            self._report(stream, message.session, error)
+            report(stream, message.session, error)
             return
         log.info(
             "opened a session",
@@ -310,8 +298,7 @@ class Worker:
             tokens=session.max_tokens,
             next=session.next,
         )
-        self._clients[stream.peer] = stream
-        self._opened_on[session.id] = stream
+        self._clients.opened(session, stream)
         self._trace(session, message.trace)
         assert session.held is not None
         executor = self._executors[session.held]
@@ -326,12 +313,12 @@ class Worker:
         try:
             if session.next is not None:
                 await self._relay.connect(session.next, session.next_addresses)
-            self._post(stream, Opened(session.id, self.sessions.cache_tokens_left))
+            post(stream, Opened(session.id, self.sessions.cache_tokens_left))
         except BsnsError as error:
             if self.sessions.get(session.id) is session:
                 self.sessions.close(session.id, session.client)
                 self._free(session.id)
-            self._report(stream, session.id, error)
+            report(stream, session.id, error)
 
     def _resize(self, stream: Stream, message: Resize) -> None:
         """Give a session another reservation."""
@@ -350,19 +337,19 @@ class Worker:
                 self._replays.end(message.session)
             elif session is not None:
                 self._trace(session, message.trace)
-        self._post(stream, resized)
+        post(stream, resized)
 
     def _reroute(self, stream: Stream, message: Reroute) -> None:
         """Give a session other neighbours; the next stage may be sent again what it lacks."""
         try:
             session = self.sessions.reroute(message, stream.peer)
         except BsnsError as error:
-            self._post(stream, Rerouted(message.session, error.code, error.message, error.peer))
+            post(stream, Rerouted(message.session, error.code, error.message, error.peer))
             return
 
         def answer(error: BsnsError | None) -> None:
             code, text, about = (error.code, error.message, error.peer) if error is not None else ("", "", None)
-            self._post(stream, Rerouted(session.id, code, text, about))
+            post(stream, Rerouted(session.id, code, text, about))
 
         onward = message.next_peer
         if message.again and onward is not None:
@@ -396,7 +383,7 @@ class Worker:
 
         def answer(error: BsnsError | None) -> None:
             code, text, about = (error.code, error.message, error.peer) if error is not None else ("", "", None)
-            self._post(stream, Mirrored(message.session, message.peer, code, text, about))
+            post(stream, Mirrored(message.session, message.peer, code, text, about))
 
         try:
             session = self.sessions.mirror(message, stream.peer)
@@ -426,7 +413,7 @@ class Worker:
             try:
                 session = self.sessions.step(part, codec, stream.peer, now_s, self._batcher.overwritten(part))
             except BsnsError as error:
-                self._report(self._client_of(part.session, stream), part.session, error)
+                report(self._clients.of_step(part.session, stream), part.session, error)
             else:
                 body = buffers[0][offset * row_bytes : (offset + part.rows) * row_bytes]
                 accepted.append(Work(session, part, body, now_s))
@@ -438,17 +425,6 @@ class Worker:
         self.tally.received_bytes[codec] += message.tensors[0].nbytes
         self._loop.call_soon(self._compute)  # not now: frames that lie ready beside this one join its batch
 
-    def _take_measured(self, times_s: Sequence[float]) -> None:
-        """Few of them against many old ones would leave a node for long with what it was."""
-        now_s = statistics.median(times_s)
-        if not self.block_time_s / FAR_OFF <= now_s <= self.block_time_s * FAR_OFF:
-            self.block_time_s = now_s
-        self._note_times(times_s)
-
-    def _note_times(self, times_s: Sequence[float]) -> None:
-        self._block_times_s.extend(times_s)
-        self._median_s = statistics.median(self._block_times_s)
-
     def _compute(self) -> None:
         """Run the next batch, if none runs and one waits."""
         if self._busy or self._closed or (batch := self._batcher.next_batch(self._now_s())) is None:
@@ -457,9 +433,7 @@ class Worker:
         held = batch.works[0].session.held
         assert held is not None
         executor = self._executors[held]
-        block_time_s = max(self._median_s, self._block_times_s[-1])  # a node that becomes slow shall not be deaf
-        expected_s = block_time_s * len(batch.blocks) * block_times(batch.rows)
-        if expected_s < self._short_s:
+        if self._speed.expected_s(len(batch.blocks), batch.rows) < self._short_s:  # otherwise it would be deaf
             self._finish(batch, self._run(executor, batch), self._now_s())
             return
 
@@ -496,7 +470,7 @@ class Worker:
         """Nobody knows what a session's cache holds now: it has to be opened and replayed."""
         if self.sessions.get(session.id) is not session:
             return  # closed meanwhile: nobody waits for it
-        self._report(self._clients.get(session.client), session.id, error)
+        self._clients.report(session, error)
         self.sessions.close(session.id, session.client)
         self._free(session.id)
 
@@ -510,7 +484,7 @@ class Worker:
                 if output.peer is None:
                     self._give_up(work.session, output)
                 else:  # what came was wrong: what it left in the cache is overwritten when it comes again
-                    self._report_about(work.session, output)
+                    self._clients.report(work.session, output)
                 continue
             if self.sessions.get(work.part.session) is not work.session:
                 continue  # closed meanwhile: nobody waits for it
@@ -536,7 +510,7 @@ class Worker:
                 if (trace := self._traces.get(work.part.session)) is not None:
                     trace.step(batch, work, finished_s)
         if batch.rows == len(batch.works) == 1:
-            self._note_times([(finished_s - started_s) / len(batch.blocks)])
+            self._speed.note([(finished_s - started_s) / len(batch.blocks)])
 
     def _pass_on(
         self, forward: bool, peer: PeerId, codec: str, members: list[tuple[Work, Buffer]], computed: tuple[float, int]
@@ -565,33 +539,14 @@ class Worker:
             if forward:
                 self._relay.post(peer, Step(tuple(parts), tensors), buffers)
             else:
-                self._post(self._clients.get(peer), Result(tuple(parts), tensors), buffers)
+                self._clients.post(peer, Result(tuple(parts), tensors), buffers)
         except BsnsError as error:
             for session in sessions:
-                self._report(self._clients.get(session.client), session.id, error)
+                self._clients.report(session, error)
         else:
             self.tally.sent_bytes[codec] += tensors[0].nbytes
         for work, _ in members:
             self.tally.hop_s.add(sent_s - work.arrived_s)
-
-    def _report(self, stream: Stream | None, session: SessionId, error: BsnsError) -> None:
-        """Tell a client that its session failed."""
-        log.info("a session failed", session=str(session), code=error.code, reason=error.message, about=error.peer)
-        self._post(stream, Failure(session, error.code, error.message, error.peer))
-
-    def _report_about(self, session: Session, error: BsnsError) -> None:
-        self._report(self._clients.get(session.client), session.id, error)
-
-    def _post(self, stream: Stream | None, message: Message, buffers: Sequence[Buffer] = ()) -> None:
-        """Send to a client; one that is gone needs no telling, its sessions are freed when its stream ends."""
-        if stream is None:
-            return
-        try:
-            stream.post(message, buffers)
-        except PeerLost as lost:
-            about = {"session": str(session)} if (session := getattr(message, "session", None)) is not None else {}
-            what = type(message).__name__
-            log.info("nobody there to hear", peer=stream.peer, message=what, reason=lost.message, **about)
 
     def _on_next_failure(self, peer: PeerId, failure: Failure) -> None:
         """Tell a session's client that the next stage, or the spare for it, no longer has it; the stream's other
@@ -606,7 +561,7 @@ class Worker:
             self._replays.end_mirror(session.id)
             about = peer  # it is alone in what it does
         told = Failure(failure.session, failure.code, failure.message, about)
-        self._post(self._clients.get(session.client), told)
+        self._clients.post(session.client, told)
 
     def _on_next_lost(self, peer: PeerId) -> None:
         """Tell the clients of every session that went on through a next stage, or a spare for it, that is gone."""
@@ -615,18 +570,11 @@ class Worker:
         for session in mirrored:
             self._replays.end_mirror(session.id)
         for session in (*self.sessions.onward_to(peer), *mirrored):
-            self._report(self._clients.get(session.client), session.id, error)
-
-    def _client_of(self, session: SessionId, sender: Stream) -> Stream:
-        """Who must hear of a failed step: the session's client, but of a step that is none of its own, its sender."""
-        held = self.sessions.get(session)
-        if held is None or sender.peer not in (held.client, held.previous):
-            return sender
-        return self._clients.get(held.client, sender)
+            self._clients.report(session, error)
 
     def _free(self, session: SessionId) -> None:
         log.info("a session has ended", session=str(session))
-        self._opened_on.pop(session, None)
+        self._clients.free(session)
         self._end_trace(session)
         self._replays.end(session)
         self._batcher.drop(session)
@@ -663,7 +611,7 @@ class Worker:
             if (error := measuring.exception()) is not None:
                 log.warning("a node could not measure itself", reason=repr(error))
             else:
-                self._take_measured(measuring.result())
+                self._speed.measured(measuring.result())
             self._compute()
 
         measuring = self._loop.run_in_executor(self._thread, time_blocks, executor, self._now_s)

@@ -94,7 +94,7 @@ class Scene:
             if name not in self.out:
                 node.worker.sessions.check()
                 assert node.worker.sessions.reserved == 0
-                assert not node.worker._opened_on
+                assert not node.worker._clients._opened_on
                 executors = node.worker._executors.values()
                 assert all(not executor._caches for executor in executors)  # type: ignore[attr-defined]
 

@@ -22,7 +22,6 @@ from bsns.model.tensors import to_memory
 from bsns.protocol.codecs import CODECS
 from bsns.protocol.frames import Buffer, Message
 from bsns.protocol.inference import Result
-from bsns.transport.port import Stream
 from bsns.worker.batching import Batch
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -245,16 +244,16 @@ async def test_a_row_that_is_none_costs_its_own_answer_a_repair_alone(scene: Sce
     await scene.start("b2")
     client = scene.client("int8", deadline_s=4.0)
     alone = [await answer(client, prompt(9 + n), OPTIONS) for n in range(4)]
-    worker = scene.swarm.nodes["a2"].worker
-    post, spoiled = worker._post, []
+    clients = scene.swarm.nodes["a2"].worker._clients
+    post, spoiled = clients.post, []
 
-    def spoil(stream: Stream | None, message: Message, buffers: Sequence[Buffer] = ()) -> None:
+    def spoil(peer: PeerId, message: Message, buffers: Sequence[Buffer] = ()) -> None:
         if isinstance(message, Result) and len(buffers) >= 2 and not spoiled:
             spoiled.append(message.parts[-1].session)
             buffers = [*buffers[:-1], b"\xff\xff" + bytes(buffers[-1])[2:]]
-        post(stream, message, buffers)
+        post(peer, message, buffers)
 
-    worker._post = spoil  # type: ignore[method-assign]
+    clients.post = spoil  # type: ignore[method-assign]
     together = await asyncio.gather(*(answer(client, prompt(9 + n), OPTIONS) for n in range(4)))
     assert spoiled
     assert list(together) == alone

@@ -125,7 +125,7 @@ class Scene:
         for worker in alive:
             worker.sessions.check()
             assert not worker._replays
-            assert not worker._opened_on
+            assert not worker._clients._opened_on
             assert all(not executor._caches for executor in worker._executors.values())  # type: ignore[attr-defined]
         for view in self.swarm.views:
             assert not view._loads._own

@@ -23,6 +23,7 @@ from bsns.core.ids import PeerId
 from bsns.protocol.inference import Open
 from bsns.transport.port import Stream
 from bsns.worker.batching import Batch
+from bsns.worker.clients import report
 from bsns.worker.faults import FaultyWorker
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -429,7 +430,7 @@ async def test_a_stage_cannot_end_an_answer_by_what_it_says(scene: Scene, error:
     tokens = [(await anext(stream)).token for _ in range(10)]
     worker = scene.swarm.nodes["a1"].worker
     (session,) = worker.sessions.all()
-    worker._report(worker._clients[session.client], session.id, error)
+    worker._clients.report(session, error)
     assert tokens + await asyncio.wait_for(rest(stream), 10) == undisturbed
     await scene.freed()
 
@@ -471,7 +472,7 @@ class Slanderer(FaultyWorker):
     blamed = "a2"
 
     def _open(self, stream: Stream, message: Open) -> None:
-        self._report(stream, message.session, PeerLost("gone").about(PeerId(self.blamed)))
+        report(stream, message.session, PeerLost("gone").about(PeerId(self.blamed)))
 
 
 @pytest.mark.parametrize("blamed", ["a2", "ghost"])

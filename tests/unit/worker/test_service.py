@@ -613,7 +613,7 @@ async def test_a_client_that_came_anew_leaves_nothing_on_its_old_stream(bench: B
     await new.stream.close()
     await until(lambda: bench.executors["n"].open_sessions == set())
     assert node.worker.sessions.cache_tokens_left == 128
-    assert not node.worker._opened_on
+    assert not node.worker._clients._opened_on
 
 
 async def test_a_client_that_goes_while_it_opens_leaves_nothing(bench: Bench) -> None:
