@@ -46,7 +46,15 @@ class Prompts:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, add_generation_prompt=True, tokenize=False
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             # A template is code that meets whatever users write.
             raise BadOption(f"the chat template refuses this conversation: {error}") from error
         return self._tokens(text + opening, add_special_tokens=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -31,6 +30,7 @@ from bsns.gateway.settings import Settings
 
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 _FIELD = re.compile(r"[a-z_]\w*|\d+")
+_TYPES = frozenset({"str", "int", "float", "bool"})
 
 
 def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAPI:
@@ -124,10 +124,11 @@ def create_app(engine: Engine, grammars: Grammars, settings: Settings) -> FastAP
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first of what is wrong, in one line."""
-    first = error.errors()[0]
+    """What is wrong, in one line: where a value may have several types, what the one says that it came closest to."""
+    wrong = error.errors()
+    first = max((other for other in wrong if other["loc"][:2] == wrong[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     # Behind a field with several types come pydantic's names for them.
-    where = [*takewhile(lambda part: _FIELD.fullmatch(part) and part != "str", map(str, first["loc"][1:]))]
+    where = [part for part in map(str, first["loc"][1:]) if _FIELD.fullmatch(part) and part not in _TYPES]
     param = where[0] if where else None
     if first["type"] == "json_invalid":
         return bad_request(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,7 +57,7 @@ class Desk:
     def check_model(self, name: str) -> None:
         """Raises ApiError for a model that is not served here."""
         if name != self.engine.name:
-            message = f"there is no model {name!r} here; this gateway serves {self.engine.name}"
+            message = f"there is no model {name[:200]!r} here; this gateway serves {self.engine.name}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     async def chat(self, request: Request, body: ChatRequest) -> Response:
@@ -67,37 +67,56 @@ class Desk:
             raise bad_request("top_logprobs needs logprobs", "top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = body.options(wanted, CHAT_TOKENS, self.engine.context_tokens, logprobs)
-        prompt = await asyncio.to_thread(prompt_of, body, self.engine.prompts)
-        first, asks = Ask(prompt.tokens, options), list[Ask]()
-        for number in range(body.n or 1):
-            asks.append(first.choice(number, await asyncio.to_thread(constraint_of, body, self.grammars)))
-        format_ = CallFormat("") if prompt.called else prompt.calls
+        choices = body.n or 1
+        async with self._room(request, choices) as held:
+            prompt = await asyncio.to_thread(prompt_of, body, self.engine.prompts)
+            self._check_length(prompt.tokens, "messages")
+            constraint = None
+            if body.tools or body.response_format:
+                loop = asyncio.get_running_loop()
+                compiled = loop.run_in_executor(self.grammars.compiling, constraint_of, body, self.grammars)
+                constraint = await unless_gone(request, compiled)
+            first = Ask(prompt.tokens, options)
+            asks = [first.choice(number, constraint and constraint.copy()) for number in range(choices)]
+            format_ = CallFormat("") if prompt.called else prompt.calls
 
-        def choice(index: int) -> Choice:
-            reader = CallReader(format_, prompt.names) if format_ is not None else None
-            return Choice(index, self.grammars.bytes_of, self.engine.prompts.end_tokens, reader)
+            def choice(index: int) -> Choice:
+                reader = CallReader(format_, prompt.names) if format_ is not None else None
+                return Choice(index, self.grammars.bytes_of, self.engine.prompts.end_tokens, reader)
 
-        reply = Reply(self.engine.name, True, logprobs is not None)
-        return await self._reply(request, body, asks, len(prompt.tokens), choice, reply)
+            reply = Reply(self.engine.name, True, logprobs is not None)
+            return await self._reply(request, body, asks, len(prompt.tokens), choice, reply, held)
 
     async def complete(self, request: Request, body: CompletionRequest) -> Response:
         self.check_model(body.model)
         options = body.options(body.max_tokens, COMPLETION_TOKENS, self.engine.context_tokens, body.logprobs)
         prompts, asks, prompt_tokens = body.prompts(), list[Ask](), 0
-        if len(prompts) * (body.n or 1) > MOST_CHOICES:
+        choices = len(prompts) * (body.n or 1)
+        if choices > MOST_CHOICES:
             raise bad_request(f"a request has up to {MOST_CHOICES} choices: prompts times n", "n")
-        for prompt in prompts:
-            tokens = await asyncio.to_thread(self.engine.prompts.encode, prompt) if isinstance(prompt, str) else prompt
-            if min(tokens, default=0) < 0:
-                raise bad_request("a prompt's tokens are numbers from 0 on", "prompt")
-            prompt_tokens += len(tokens)
-            asks += [Ask(tokens, options).choice(number, None) for number in range(body.n or 1)]
+        async with self._room(request, choices) as held:
+            for prompt in prompts:
+                if isinstance(prompt, str):
+                    tokens = await asyncio.to_thread(self.engine.prompts.encode, prompt)
+                else:
+                    tokens = prompt
+                if min(tokens, default=0) < 0:
+                    raise bad_request("a prompt's tokens are numbers from 0 on", "prompt")
+                self._check_length(tokens, "prompt")
+                prompt_tokens += len(tokens)
+                asks += [Ask(tokens, options).choice(number, None) for number in range(body.n or 1)]
 
-        def choice(index: int) -> Choice:
-            return Choice(index, self.grammars.bytes_of, self.engine.prompts.end_tokens)
+            def choice(index: int) -> Choice:
+                return Choice(index, self.grammars.bytes_of, self.engine.prompts.end_tokens)
 
-        reply = Reply(self.engine.name, False, body.logprobs is not None)
-        return await self._reply(request, body, asks, prompt_tokens, choice, reply)
+            reply = Reply(self.engine.name, False, body.logprobs is not None)
+            return await self._reply(request, body, asks, prompt_tokens, choice, reply, held)
+
+    def _check_length(self, tokens: list[int], param: str) -> None:
+        """Raises ApiError where there is no room for an answer behind a prompt."""
+        if len(tokens) >= (most := self.engine.context_tokens):
+            message = f"the prompt has {len(tokens)} tokens, the model's context holds {most}; shorten it"
+            raise bad_request(message, param, "context_length_exceeded")
 
     async def _reply(
         self,
@@ -107,32 +126,30 @@ class Desk:
         prompt_tokens: int,
         choice: Callable[[int], Choice],
         reply: Reply,
+        held: contextlib.AsyncExitStack,
     ) -> Response:
-        """`prompt_tokens`: of all prompts, each counted once however many choices it has."""
+        """`prompt_tokens`: of all prompts, each counted once however many choices it has. A stream takes over what is
+        `held`."""
         caller: Caller = request.state.caller
         answers = Answers(
             self.engine, asks, self.metrics, Usage(prompt_tokens), caller.name, request.state.sessions, self.running
         )
         choices = [choice(i) for i in range(len(asks))]
-        async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(self._room(caller, len(asks)))
-            pieces = answers.pieces()
-            stack.push_async_callback(pieces.aclose)
-            # Until the first piece is there, whatever goes wrong has a status of its own.
-            first = await unless_gone(request, anext(pieces))
-            self.metrics.tokens.labels("in").inc(answers.usage.prompt_tokens)
-            if body.stream:
-                events = self._events(body, answers.usage, _with(first, pieces), choices, reply)
-                response: Response = EventStream(events, stack.pop_all(), self.settings.stalled_s)
-            else:
+        pieces = answers.pieces()
+        held.push_async_callback(pieces.aclose)
+        # Until the first piece is there, whatever goes wrong has a status of its own.
+        first = await unless_gone(request, anext(pieces))
+        self.metrics.tokens.labels("in").inc(answers.usage.prompt_tokens)
+        if body.stream:
+            events = self._events(body, answers.usage, _with(first, pieces), choices, reply)
+            return EventStream(events, held.pop_all(), self.settings.stalled_s)
 
-                async def see_through() -> None:
-                    async for index, piece in _with(first, pieces):
-                        choices[index].push(piece)
+        async def see_through() -> None:
+            async for index, piece in _with(first, pieces):
+                choices[index].push(piece)
 
-                await unless_gone(request, see_through())
-                response = JSONResponse(reply.whole(choices, answers.usage))
-        return response
+        await unless_gone(request, see_through())
+        return JSONResponse(reply.whole(choices, answers.usage))
 
     async def _events(
         self,
@@ -172,9 +189,11 @@ class Desk:
                 return unserved(gaps, self.engine.name)
         return told
 
-    @contextlib.contextmanager
-    def _room(self, caller: Caller, answers: int) -> Iterator[None]:
-        """Holds a caller's share of answers under way. Raises ApiError where it would be too large."""
+    @contextlib.asynccontextmanager
+    async def _room(self, request: Request, answers: int) -> AsyncIterator[contextlib.AsyncExitStack]:
+        """Holds a caller's share of answers under way, or what this yields does. Raises ApiError where it would be too
+        large."""
+        caller: Caller = request.state.caller
         if not self.limits.begin(caller.name, caller.allowance, answers):
             raise ApiError(
                 429,
@@ -183,10 +202,9 @@ class Desk:
                 code="concurrency_limit_exceeded",
                 retry_after_s=1,
             )
-        try:
-            yield
-        finally:
-            self.limits.end(caller.name, answers)
+        async with contextlib.AsyncExitStack() as held:
+            held.callback(self.limits.end, caller.name, answers)
+            yield held
 
 
 class EventStream(EventSourceResponse):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llguidance.hf
@@ -14,19 +15,23 @@ from numpy.typing import NDArray
 
 from bsns.core.errors import BadOption
 
+MOST_SCHEMA_BYTES = 256 << 10
+"""Of a request's schemas together: what takes the library about half a second."""
 # One way to write a value, as json.dumps does: every token is a walk through the swarm, and none is spent on blanks, of
 # which a small model in doubt writes many.
 _OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:
-    """Makes constraints for one model. May be called from several threads."""
+    """Makes constraints for one model. May be called from several threads; `compiling` has two, so that those whose
+    schemas take long wait for each other, and not everybody's text for them."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         """`tokenizer` is a fast one of transformers; takes about a second."""
         size = max(vocab_size, len(tokenizer))
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=size)
         self._eos = int(tokenizer.eos_token_id)
+        self.compiling = ThreadPoolExecutor(2, thread_name_prefix="grammar")
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for; it need not be whole characters."""
@@ -48,6 +53,8 @@ class Grammars:
         return self._matcher(LLMatcher.grammar_from_lark("\n".join([start, *rules])))
 
     def _matcher(self, grammar: str) -> Matcher:
+        if len(grammar) > MOST_SCHEMA_BYTES:
+            raise BadOption(f"the JSON schemas have {len(grammar)} bytes; give up to {MOST_SCHEMA_BYTES}")
         matcher = Matcher(LLMatcher(self._tokenizer, grammar, log_level=0), self._eos)
         matcher.allowed()  # some of what nothing can satisfy shows only here
         return matcher
@@ -63,6 +70,10 @@ class Matcher:
         self._matcher = matcher
         self._eos = eos
         self._check()
+
+    def copy(self) -> Matcher:
+        """Another answer's, from here on: a grammar is compiled once."""
+        return Matcher(self._matcher.deep_copy(), self._eos)
 
     def allowed(self) -> NDArray[np.uint8]:
         """A bit for each token, the lowest of a byte first."""

@@ -7,9 +7,10 @@ concern OpenAI's own books (`user`, `store`, …) are taken and have no effect.
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from bsns.client.sampling import SamplingOptions
 from bsns.gateway.errors import bad_request
@@ -18,16 +19,47 @@ MOST_CHOICES = 16
 MOST_STOPS = 4
 MOST_STOP_LETTERS = 1000
 MOST_TOOLS = 128
+MOST_MESSAGES = 8192
+"""And so many parts of one, or calls in it."""
+MOST_BIASED = 1024
+MOST_NOTES = 16
+"""OpenAI's, of `metadata`."""
 CHAT_TOKENS = 1024
 """An answer's most tokens where the client names none. Not all that fit: a session reserves its cache."""
 COMPLETION_TOKENS = 16
 """OpenAI's."""
 
+T = TypeVar("T")
 Text = Annotated[str, Field(min_length=1)]
+# The first thing that is wrong is all that is told, and to look for more takes a minute and gigabytes where two million
+# items are.
+Quick = Annotated[list[T], Field(fail_fast=True)]
+Some = Annotated[list[T], Field(fail_fast=True, max_length=MOST_MESSAGES)]
+
+
+def _few(most: int) -> BeforeValidator:
+    """A mapping of at most so many; pydantic itself looks at each of them first."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError("too_long", f"there are {len(value)}; give up to {most}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, value: Any) -> Any:
+        """Of arguments that there are none of, one is enough to tell."""
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = next(name for name in value if name not in known)
+            value = {name: value[name] for name in (*known, unknown) if name in value}
+        return value
 
 
 class StreamOptions(_Strict):
@@ -50,11 +82,11 @@ class Sampling(_Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], _few(MOST_BIASED)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: str | Quick[str] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], _few(MOST_NOTES)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -93,15 +125,19 @@ class Sampling(_Strict):
 class CompletionRequest(Sampling):
     """POST /v1/completions. A prompt is text or tokens; several prompts are answered side by side."""
 
-    prompt: Text | Annotated[list[Text] | list[list[int]], Field(max_length=MOST_CHOICES)] | list[int]
+    prompt: Text | Annotated[Quick[Text] | Quick[Quick[int]], Field(max_length=MOST_CHOICES)] | Quick[int]
     logprobs: int | None = Field(None, ge=0, le=5)
 
     def prompts(self) -> list[str | list[int]]:
+        """Raises ApiError."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if any(isinstance(part, int) for part in self.prompt):
             return [[part for part in self.prompt if isinstance(part, int)]]
-        return [part for part in self.prompt if not isinstance(part, int)]
+        prompts = [part for part in self.prompt if not isinstance(part, int)]
+        if not prompts or not all(prompts):
+            raise bad_request("the prompt is empty; give at least one token", "prompt")
+        return prompts
 
 
 class TextPart(_Strict):
@@ -130,9 +166,9 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Some[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Some[Call] | None = None
     tool_call_id: str | None = None
 
 
@@ -176,11 +212,11 @@ class SchemaFormat(_Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Some[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: PlainFormat | SchemaFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
+    tools: Quick[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None

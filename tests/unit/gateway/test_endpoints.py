@@ -10,11 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from memory_swarm import until
+from pydantic import ValidationError
 from scripted_engine import ScriptedEngine, chat, client_of, tool
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BsnsError, CacheFull, CacheTooSmall, MissingBlocks, PeerLost, PromptTooLong
-from bsns.gateway.grammar import Grammars
+from bsns.gateway.grammar import Grammars, Matcher
+from bsns.gateway.requests import ChatRequest, CompletionRequest
 from bsns.gateway.settings import Settings
 
 
@@ -193,6 +195,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}}, "response_format"),
     ({"messages": [{"role": "assistant", "tool_calls": [
         {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1"}}]}]}, "messages.0.tool_calls"),
+    ({"messages": [{"role": "user", "content": "Hi"}] * 8193}, "messages"),
+    ({"messages": [{"role": "user", "content": "a b " * 300}]}, "messages"),
+    ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias"),
+    ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
     ({"surprise": 1}, "surprise"),
     ({"functions": []}, "functions"),
 ]  # fmt: skip
@@ -213,6 +219,80 @@ async def test_the_users_own_mistakes(
 
 
 @pytest.mark.parametrize(
+    ("prompt", "param"),
+    [([], "prompt"), ([[]], "prompt"), ("", "prompt"), ([-1], "prompt"), ([1, "a"], "prompt"), ([5] * 512, "prompt")],
+)
+async def test_prompts_that_are_none(http: httpx.AsyncClient, prompt: Any, param: str) -> None:
+    said = await http.post("/v1/completions", json={"model": "scripted", "prompt": prompt})
+    assert (said.status_code, said.json()["error"]["param"]) == (400, param), said.text
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"messages": [0] * MANY},
+        {"messages": [{}] * MANY},
+        {"messages": [{"role": "user", "content": [0] * MANY}]},
+        {"messages": [{"role": "user", "content": [{}] * MANY}]},
+        {"messages": [{"role": "user", "content": "", "tool_calls": [{}] * MANY}]},
+        {"stop": [0] * MANY},
+        {"tools": [0] * MANY},
+        {"logit_bias": {str(n): "" for n in range(MANY)}},
+        {"metadata": {str(n): 0 for n in range(MANY)}},
+        {f"more-{n}": 0 for n in range(MANY)},
+        {"stream_options": {f"more-{n}": 0 for n in range(MANY)}},
+        {"prompt": [0.5] * MANY},
+        {"prompt": [0] * MANY + [None]},
+        {"prompt": [[]] * MANY + [0]},
+        {"prompt": [[""]] * MANY},
+    ],
+    ids=lambda wrong: str(wrong)[:40],
+)
+def test_of_a_large_body_that_is_wrong_all_over_little_is_looked_at(wrong: dict[str, Any]) -> None:
+    """To find everything took up to a minute, in which nobody else was answered, and gigabytes."""
+    kind, body = (
+        (CompletionRequest, {"model": "scripted"} | wrong) if "prompt" in wrong else (ChatRequest, chat(**wrong))
+    )
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate(body)
+    assert found.value.error_count() < 8
+
+
+async def test_what_a_part_of_a_message_lacks_is_said(http: httpx.AsyncClient) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    said = await http.post("/v1/chat/completions", json=chat(messages=[{"role": "user", "content": parts}]))
+    assert said.json()["error"]["message"] == "messages.0.content.1.type: Input should be 'text'"
+
+
+async def test_a_call_whose_arguments_are_nested_without_end(http: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    function = {"name": "f", "arguments": '{"a":' + "[" * 900 + "]" * 900 + "}"}
+    called = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    said = await http.post("/v1/chat/completions", json=chat(messages=[called]))
+    assert said.status_code == 400, said.text
+    assert engine.asked == []
+
+
+async def test_a_schema_is_compiled_once_for_all_choices(
+    http: httpx.AsyncClient, engine: ScriptedEngine, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
+
+    def schema(wanted: Any) -> Matcher:
+        compiled.append(wanted)
+        return Grammars.schema(grammars, wanted)
+
+    monkeypatch.setattr(grammars, "schema", schema)
+    engine.says = '{"a": 1}'
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    said = await http.post("/v1/chat/completions", json=chat(n=3, response_format=wanted))
+    assert [choice["message"]["content"] for choice in said.json()["choices"]] == ['{"a": 1}'] * 3
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         {"type": "integer", "minimum": 5, "maximum": 3},
@@ -223,6 +303,7 @@ async def test_the_users_own_mistakes(
         {"$ref": "https://example.com/schema.json"},
         {"$ref": "#"},
         {"enum": [f"word {i}" for i in range(100_000)]},
+        {"enum": ["a" * 300_000]},
         {"anyOf": [{"type": "object", "properties": {f"a{i}": {}}, "required": [f"a{i}"]} for i in range(5000)]},
         {"type": "array", "uniqueItems": True},
         {"x-guidance": 3, "type": "wordle"},

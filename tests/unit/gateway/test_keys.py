@@ -111,7 +111,9 @@ async def test_answers_at_once(file: Path, engine: ScriptedEngine, grammars: Gra
         async def ask(**more: Any) -> httpx.Response:
             return await http.post("/v1/chat/completions", json=chat(**more), headers=bearer(word))
 
-        assert (await ask(n=3)).status_code == 429
+        wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wordle"}}}
+        assert (await ask(n=3, response_format=wrong)).status_code == 429, "before anything is done for it"
+        assert (await ask(n=2, response_format=wrong)).status_code == 400
         first = asyncio.create_task(ask(n=2))
         await until(lambda: engine.open == 2)
         refused = await ask()
