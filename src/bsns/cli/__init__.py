@@ -4,10 +4,13 @@ import os
 import signal
 import sys
 
-# Ctrl-C while libraries load is no error to trace: there is nothing yet that would have to be put in order. As long as
-# this is the command itself, which for Python is called -m at first.
-if os.path.basename(sys.argv[0]) in ("bsns", "-m") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+from bsns.cli.streams import open_missing
+
+if os.path.basename(sys.argv[0]) in ("bsns", "-m"):  # the command itself, which for Python is called -m at first
+    open_missing()
+    # Ctrl-C while libraries load is no error to trace: there is nothing yet that would have to be put in order.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import asyncio
 import contextlib

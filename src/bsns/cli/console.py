@@ -300,9 +300,10 @@ def say_aside(line: str) -> None:
 
 
 def say_error(message: str) -> None:
-    """One line on standard error, however the message is laid out."""
-    err.print("[bold red]error:[/] ", end="")
-    err.print(" ".join(message.split()), markup=False, highlight=False)
+    """One line on standard error, however the message is laid out. Where it cannot be written, the status has to do."""
+    with contextlib.suppress(OSError):
+        err.print("[bold red]error:[/] ", end="")
+        err.print(" ".join(message.split()), markup=False, highlight=False)
 
 
 def _fail(error: BsnsError, *, as_json: bool, leashed: bool) -> int:
@@ -310,7 +311,7 @@ def _fail(error: BsnsError, *, as_json: bool, leashed: bool) -> int:
     if isinstance(error, NotAMember | WrongSwarm):
         message += "; is this the invite of that swarm? its founder can make another"
     if as_json:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # what cannot be written may be the error
             emit({"event": "error", "code": error.code, "message": message})
     if not leashed:  # whoever holds the leash reads the object
         say_error(message)

@@ -15,7 +15,8 @@ import typer
 
 import bsns
 from bsns.cli import bench, chat, doctor, eval, gateway, generate, plan, schemas, serve, simulate, status, topology, up
-from bsns.cli.console import EXIT_INTERRUPTED, EXIT_USER, leave, say_error
+from bsns.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, leave, say_error
+from bsns.cli.streams import replace_what_cannot_be_encoded
 
 app = typer.Typer(
     name="bsns",
@@ -79,11 +80,17 @@ def command() -> int:
         return EXIT_USER
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read the help has gone
+        return EXIT_FAILED
+    except OSError as error:
+        say_error(f"the output cannot be written: {error.strerror or error}")
+        return EXIT_FAILED
 
 
 def main() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # until now it ended us at once: see bsns.cli
+    replace_what_cannot_be_encoded()
     # Everything is in order by now; taking torch and its friends apart piece by piece would cost another second or two.
     leave(command())
 

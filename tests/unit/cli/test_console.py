@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
@@ -85,6 +86,18 @@ def test_json_has_the_error_for_programs(capsys: pytest.CaptureFixture[str]) -> 
     assert said.err == "error: no\n"
     status_of(BadOption("no"), as_json=True, leashed=True)
     assert capsys.readouterr().err == ""
+
+
+def test_an_error_that_cannot_be_written_has_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as out, open("/dev/full", "w", buffering=1) as err:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        status = status_of(BadOption("no"), as_json=True)
+        monkeypatch.undo()
+        for stream in (out, err):
+            with contextlib.suppress(OSError):
+                stream.flush()
+    assert status == 2
 
 
 def test_a_reader_that_left_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
