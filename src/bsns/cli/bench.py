@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from bsns.cli.console import EXIT_FAILED, JsonFlag, doing, emit, err, out, run
+from bsns.cli.console import EXIT_FAILED, JsonFlag, a_number, doing, emit, err, out, run
 from bsns.core.errors import BadOption
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine. Every verb takes --json.")
 
+MOST_MINUTES = 7 * 24 * 60
 QuickFlag = Annotated[bool, typer.Option("--quick", help="The same figures, less exact, in a fraction of the time.")]
 
 
@@ -210,7 +211,9 @@ def survive(
 @app.command()
 def soak(
     model: Annotated[str, typer.Argument(help="The model to answer with.")] = "smollm2-135m",
-    minutes: Annotated[float, typer.Option("--minutes", min=0.1, metavar="N", help="How long.")] = 30.0,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.1, max=MOST_MINUTES, callback=a_number, metavar="N", help="How long.")
+    ] = 30.0,
     streams: Annotated[int, typer.Option("--streams", min=1, metavar="N", help="How many answers at once.")] = 8,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed draws the same nodes to go.")] = 0,
     dtype: Annotated[

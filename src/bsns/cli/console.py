@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -278,13 +279,23 @@ def chosen_invite(context: typer.Context, join: str | None, *, instead: bool) ->
     return None if instead and source is not None and source.name == "ENVIRONMENT" else join
 
 
+DAY_S = 86400.0
+
+
+def a_number(value: float) -> float:
+    """The callback of options with bounds: older versions of Typer find NaN within any. Raises typer.BadParameter."""
+    if math.isnan(value):
+        raise typer.BadParameter(f"{value} is not a number.")
+    return value
+
+
 def parse_seconds(text: str) -> float:
     """`2s`, `500ms`, `1.5` or `1m` in seconds. Raises BadOption."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(ms|s|m|)", text.strip(), re.IGNORECASE)
     if match is None:
         raise BadOption(f"{text!r} is not a time; write for example 2s, 500ms or 1m")
     seconds = float(match[1]) * {"ms": 1e-3, "m": 60.0}.get(match[2].lower(), 1.0)
-    if not 0 < seconds <= 86400:
+    if not 0 < seconds <= DAY_S:
         raise BadOption(f"{text!r} is not a time above zero and up to a day")
     return seconds
 

@@ -8,14 +8,22 @@ from pathlib import Path
 from bsns.cli.console import Dtype
 from bsns.core.errors import BadOption, CorruptModel, ModelNotFound
 from bsns.core.snapshot import ModelShape
+from bsns.core.words import size
+
+MOST_BYTES = 256 * 2**20
+"""As many as a library of schemas may have, the largest of what is read. A device such as /dev/zero has no end."""
 
 
-def read_file(file: Path) -> bytes:
+def read_file(file: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """What is in a file. Raises BadOption."""
     try:
-        return file.expanduser().read_bytes()
+        with file.expanduser().open("rb") as opened:
+            content = opened.read(most_bytes + 1)
     except OSError as error:
         raise BadOption(f"{file} cannot be read: {error.strerror}") from None
+    if len(content) > most_bytes:
+        raise BadOption(f"{file} is larger than {size(most_bytes)}, more than any file that is read here")
+    return content
 
 
 def write_file(file: Path, content: bytes) -> None:

@@ -15,11 +15,13 @@ from typer.core import TyperGroup
 
 from bsns.cli import routing_options as routing
 from bsns.cli.console import (
+    DAY_S,
     DtypeOption,
     JoinOption,
     JsonFlag,
     ModelArgument,
     ThreadsOption,
+    a_number,
     doing,
     emit,
     err,
@@ -79,16 +81,37 @@ def gateway(
         str, typer.Option("--max-body", metavar="SIZE", help="The largest request, for example 4MiB.")
     ] = "4MiB",
     drain_s: Annotated[
-        float, typer.Option("--drain-s", min=1, metavar="SECONDS", help="How long streams have to end at the end.")
+        float,
+        typer.Option(
+            "--drain-s",
+            min=1,
+            max=DAY_S,
+            callback=a_number,
+            metavar="SECONDS",
+            help="How long streams have to end at the end.",
+        ),
     ] = 30.0,
     stalled_s: Annotated[
         float,
         typer.Option(
-            "--stalled-s", min=0.1, metavar="SECONDS", help="Give up a client that reads nothing for so long."
+            "--stalled-s",
+            min=0.1,
+            max=DAY_S,
+            callback=a_number,
+            metavar="SECONDS",
+            help="Give up a client that reads nothing for so long.",
         ),
     ] = 30.0,
     deadline_s: Annotated[
-        float, typer.Option("--deadline-s", min=0.1, metavar="SECONDS", help="How long an answer waits for the swarm.")
+        float,
+        typer.Option(
+            "--deadline-s",
+            min=0.1,
+            max=DAY_S,
+            callback=a_number,
+            metavar="SECONDS",
+            help="How long an answer waits for the swarm.",
+        ),
     ] = 20.0,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 1,
@@ -160,6 +183,8 @@ def open_listener(
     from bsns.gateway.server import Listener
     from bsns.gateway.settings import Settings
 
+    if not host:
+        raise BadOption("--host is empty; give an address of this machine, or 0.0.0.0 for all of them")
     if keys is None and not public and not is_loopback(host):
         raise BadOption(
             f"whoever reaches {host} could use the swarm; give --keys FILE "

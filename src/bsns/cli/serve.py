@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from bsns.cli.console import (
+    DAY_S,
     MOST_THREADS,
     DtypeOption,
     ExecutorOption,
@@ -20,6 +21,7 @@ from bsns.cli.console import (
     KvOption,
     ModelArgument,
     QuantOption,
+    a_number,
     doing,
     emit,
     err,
@@ -90,7 +92,10 @@ def serve(
     ] = True,
     first_blocks: Annotated[str | None, typer.Option("--first-blocks", metavar="START:END", hidden=True)] = None,
     most_blocks: Annotated[int | None, typer.Option("--most-blocks", metavar="N", min=1, hidden=True)] = None,
-    lease_s: Annotated[float, typer.Option("--lease-s", min=0.1, metavar="SECONDS", hidden=True)] = LEASE_S,
+    lease_s: Annotated[
+        float,
+        typer.Option("--lease-s", min=0.1, max=DAY_S, callback=a_number, metavar="SECONDS", hidden=True),
+    ] = LEASE_S,
     metrics: Annotated[
         str | None,
         typer.Option(

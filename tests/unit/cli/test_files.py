@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bsns.cli.files import read_shape
+from bsns.cli.files import read_file, read_shape
 from bsns.core.errors import BadOption, BsnsError, CorruptModel, ModelNotFound
 from bsns.core.snapshot import ModelShape, Snapshot
 
@@ -40,6 +40,15 @@ def test_a_damaged_model_file_is_just_that(tmp_path: Path) -> None:
     with pytest.raises(CorruptModel) as caught:
         read_shape(str(tmp_path / "model.gguf"), "auto")
     assert "json" not in caught.value.message
+
+
+def test_a_file_without_an_end_is_not_read_to_it(tmp_path: Path) -> None:
+    with pytest.raises(BadOption, match=r"/dev/zero is larger than 1 MiB"):
+        read_file(Path("/dev/zero"), 2**20)
+    (tmp_path / "just").write_bytes(b"four")
+    assert read_file(tmp_path / "just", 4) == b"four"
+    with pytest.raises(BadOption, match="larger than 3 B"):
+        read_file(tmp_path / "just", 3)
 
 
 def test_the_examples_of_the_documentation_can_be_read() -> None:
