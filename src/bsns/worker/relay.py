@@ -17,6 +17,9 @@ from bsns.transport.port import Dial, Stream
 
 log = structlog.get_logger(__name__)
 
+MOST_DIALS = 16
+"""How many peers are dialled for one client at once: it may name any, and each takes a connection or several."""
+
 
 class Relay:
     """Outgoing streams by peer. Frames to one peer keep the order in which they were posted."""
@@ -30,6 +33,9 @@ class Relay:
         self._on_lost = on_lost
         self._streams: dict[PeerId, Stream] = {}
         self._watching: dict[PeerId, asyncio.Task[None]] = {}
+        self._dialling: set[asyncio.Task[None]] = set()
+        self._turns: weakref.WeakValueDictionary[PeerId, asyncio.Semaphore] = weakref.WeakValueDictionary()
+        """By client."""
         # by peer and addresses, so that whoever names wrong ones holds up nobody else; each as long as it is in use
         self._locks: weakref.WeakValueDictionary[tuple[PeerId, Sequence[str]], asyncio.Lock] = (
             weakref.WeakValueDictionary()
@@ -60,8 +66,26 @@ class Relay:
             raise PeerLost(f"the stream to the next stage {peer} closed")
         return stream
 
-    async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Make sure there is a stream. Raises PeerError."""
+    async def connect(self, peer: PeerId, addresses: Sequence[str], client: PeerId) -> None:
+        """Make sure there is a stream, for a session of this client. Raises PeerError."""
+        if peer in self._streams:
+            return
+        turns = self._turns.setdefault(client, asyncio.Semaphore(MOST_DIALS))
+        await turns.acquire()
+
+        def ended(dialling: asyncio.Task[None]) -> None:
+            self._dialling.discard(dialling)
+            turns.release()
+            if not dialling.cancelled():
+                dialling.exception()  # nobody may be waiting for it any more
+
+        # One that nobody waits for any more goes on: what it holds, it holds until it ends, and so it keeps its turn.
+        dialling = asyncio.create_task(self._reach(peer, addresses))
+        self._dialling.add(dialling)
+        dialling.add_done_callback(ended)
+        await asyncio.shield(dialling)
+
+    async def _reach(self, peer: PeerId, addresses: Sequence[str]) -> None:
         lock = self._locks.setdefault((peer, tuple(addresses)), asyncio.Lock())
         async with lock:
             if peer in self._streams:
@@ -77,6 +101,10 @@ class Relay:
             self._watching[peer] = asyncio.create_task(self._watch(stream))
 
     async def close(self) -> None:
+        dialling = list(self._dialling)
+        for task in dialling:
+            task.cancel()
+        await asyncio.gather(*dialling, return_exceptions=True)
         for task in self._watching.values():
             task.cancel()
         await asyncio.gather(*self._watching.values(), return_exceptions=True)

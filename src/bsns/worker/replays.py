@@ -141,7 +141,7 @@ class Replays:
 
     async def _run(self, replay: Replay, answer: Answer) -> None:
         try:
-            await self._relay.connect(replay.peer, replay.addresses)
+            await self._relay.connect(replay.peer, replay.addresses, replay.session.client)
         except BsnsError as error:
             self._forget(replay)
             answer(error.about(replay.peer))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import structlog
 
@@ -114,6 +115,7 @@ class Worker:
         self._busy = self._closed = False
         self._clients = Clients(sessions)
         self._tasks: dict[asyncio.Task[None], None] = {}  # in order, so that they end in order
+        self._reaching: dict[SessionId, asyncio.Task[None]] = {}
         self.tally = Tally()
         self._replays = Replays(
             self._relay,
@@ -307,12 +309,24 @@ class Worker:
         executor.open(session.id, session.room)
         if session.next is not None:
             session.journal = Journal(CODECS[session.gives].row_bytes(self._hidden_size, self._dtype))
-        self._spawn(self._connect(stream, session))
+        self._reach(session, self._connect(stream, session))
+
+    def _reach(self, session: Session, reaching: Coroutine[Any, Any, None]) -> None:
+        """Another node for a session; whoever was being dialled for it before is wanted no more."""
+        if (before := self._reaching.get(session.id)) is not None:
+            before.cancel()
+        task = self._reaching[session.id] = self._spawn(reaching)
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if self._reaching.get(session.id) is task:
+                del self._reaching[session.id]
+
+        task.add_done_callback(ended)
 
     async def _connect(self, stream: Stream, session: Session) -> None:
         try:
             if session.next is not None:
-                await self._relay.connect(session.next, session.next_addresses)
+                await self._relay.connect(session.next, session.next_addresses, session.client)
             post(stream, Opened(session.id, self.sessions.cache_tokens_left))
         except BsnsError as error:
             if self.sessions.get(session.id) is session:
@@ -356,7 +370,7 @@ class Worker:
             session.previous = message.previous_peer
             self._replays.lead(session, onward, message.next_addresses, message.position, answer)
         elif onward != session.next:
-            self._spawn(self._turn(session, message, answer))
+            self._reach(session, self._turn(session, message, answer))
         else:
             self._set_neighbours(session, message)
             answer(None)
@@ -365,7 +379,7 @@ class Worker:
         """Give a spare another next stage, which it is to know before it is needed."""
         assert message.next_peer is not None
         try:
-            await self._relay.connect(message.next_peer, message.next_addresses)
+            await self._relay.connect(message.next_peer, message.next_addresses, session.client)
         except BsnsError as error:
             answer(error.about(message.next_peer))
             return
@@ -575,6 +589,8 @@ class Worker:
     def _free(self, session: SessionId) -> None:
         log.info("a session has ended", session=str(session))
         self._clients.free(session)
+        if (reaching := self._reaching.pop(session, None)) is not None and reaching is not asyncio.current_task():
+            reaching.cancel()
         self._end_trace(session)
         self._replays.end(session)
         self._batcher.drop(session)

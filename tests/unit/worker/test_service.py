@@ -44,7 +44,7 @@ from bsns.protocol.tensors import TensorSpec
 from bsns.transport.memory import MemoryNetwork, MemoryStream
 from bsns.transport.port import Stream
 from bsns.worker.batching import Batch
-from bsns.worker.relay import Relay
+from bsns.worker.relay import MOST_DIALS, Relay
 
 HIDDEN = 4
 DEADLINE_S = 5.0
@@ -653,22 +653,72 @@ async def test_whoever_names_wrong_addresses_of_a_next_stage_holds_up_nobody_els
         return await near.dial(peer, addresses)
 
     relay = Relay(dial, lambda *_: None, lambda *_: None)
-    far_away = [asyncio.create_task(relay.connect(far.peer, ("wrong",))) for _ in range(3)]
+    far_away = [asyncio.create_task(relay.connect(far.peer, ("wrong",), PeerId("liar"))) for _ in range(3)]
     await until(lambda: bool(dialled))
     async with asyncio.timeout(1):
-        await asyncio.gather(*(relay.connect(far.peer, far.addresses) for _ in range(3)))
+        await asyncio.gather(*(relay.connect(far.peer, far.addresses, PeerId("honest")) for _ in range(3)))
     assert dialled == [("wrong",), far.addresses]
     for task in far_away:
         task.cancel()
     await asyncio.gather(*far_away, return_exceptions=True)
     for number in range(20):
         with pytest.raises(PeerUnreachable):
-            await relay.connect(PeerId(f"nobody-{number}"), ())
+            await relay.connect(PeerId(f"nobody-{number}"), (), PeerId("honest"))
     gc.collect()
     assert len(relay._locks) < 5  # nothing is kept of those asked for
     await relay.close()
     for transport in (near, far):
         await transport.close()
+
+
+class Silent:
+    """A network in which nobody answers, until they are let."""
+
+    def __init__(self) -> None:
+        self.dialled: list[PeerId] = []
+        self.answers = asyncio.Event()
+
+    async def dial(self, peer: PeerId, addresses: Sequence[str]) -> Stream:
+        self.dialled.append(peer)
+        await self.answers.wait()
+        raise PeerUnreachable("nobody there")
+
+
+async def test_a_client_has_so_many_peers_dialled_at_once_and_holds_up_nobody_else() -> None:
+    silent = Silent()
+    relay = Relay(silent.dial, lambda *_: None, lambda *_: None)
+    many = [asyncio.create_task(relay.connect(PeerId(f"p{n}"), (), PeerId("greedy"))) for n in range(100)]
+    await until(lambda: len(silent.dialled) == MOST_DIALS)
+    for task in many[: 2 * MOST_DIALS]:
+        task.cancel()  # what is being dialled for them holds a connection all the same
+    await asyncio.sleep(0.02)
+    assert len(silent.dialled) == MOST_DIALS
+    other = asyncio.create_task(relay.connect(PeerId("q"), (), PeerId("modest")))
+    await until(lambda: silent.dialled[-1] == "q")
+    silent.answers.set()
+    said = await asyncio.gather(*many, other, return_exceptions=True)
+    assert len(silent.dialled) == 100 - MOST_DIALS + 1
+    assert all(isinstance(each, PeerUnreachable) for each in said[2 * MOST_DIALS :])
+    await relay.close()
+
+
+async def test_of_the_neighbours_a_session_is_given_only_the_last_is_waited_for(bench: Bench) -> None:
+    node, _ = await bench.node("n0"), await bench.node("n1", BlockRange(2, 4))
+    caller, silent = await bench.call(node), Silent()
+    assert isinstance(await caller.ask(opening(node, next_peer="n1", depth=2)), Opened)
+    node.worker._relay._dial = silent.dial
+    for number in range(200):
+        await caller.say(Reroute(SessionId(1), None, PeerId(f"p{number}"), passes_from=0))
+        await until(lambda number=number: len(silent.dialled) == min(number + 1, MOST_DIALS))  # type: ignore[misc]
+    await until(lambda: len(silent.dialled) == MOST_DIALS)
+    assert len(node.worker._reaching) == 1
+    silent.answers.set()
+    answered, _ = await caller.hear()
+    assert isinstance(answered, Rerouted)
+    assert answered.code == "PeerUnreachable"
+    await until(lambda: not node.worker._reaching)
+    assert len(silent.dialled) == MOST_DIALS + 1
+    assert silent.dialled[-1] == "p199"
 
 
 async def test_a_next_stage_that_dies_fails_the_sessions_that_need_it(bench: Bench) -> None:
