@@ -293,8 +293,12 @@ def _become(
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     die_with_parent(parent)
-    for number, descriptor in enumerate(files[:3]):
+    for number, (descriptor, name) in enumerate(zip(files[:3], ("stdin", "stdout", "stderr"), strict=True)):
         os.dup2(descriptor, number)
+        before = getattr(sys, name)  # knows whether what it was opened on could be wound back
+        buffering, encoding, errors = 1 if number == 2 else -1, before.encoding, before.errors
+        mode = "r" if number == 0 else "w"
+        setattr(sys, name, open(number, mode, buffering, encoding, errors, closefd=False))  # noqa: SIM115  to the end
     if len(files) == MOST_FILES:
         set_network(files[3])
     os.closerange(3, 1 + max(map(int, os.listdir("/proc/self/fd"))))  # the zygote's, and others' connections to it
