@@ -34,6 +34,7 @@ Text = Annotated[str, Field(min_length=1)]
 # The first thing that is wrong is all that is told, and to look for more takes a minute and gigabytes where two million
 # items are.
 Quick = Annotated[list[T], Field(fail_fast=True)]
+Few = Annotated[list[T], Field(fail_fast=True, max_length=MOST_CHOICES)]
 Some = Annotated[list[T], Field(fail_fast=True, max_length=MOST_MESSAGES)]
 
 
@@ -125,7 +126,7 @@ class Sampling(_Strict):
 class CompletionRequest(Sampling):
     """POST /v1/completions. A prompt is text or tokens; several prompts are answered side by side."""
 
-    prompt: Text | Annotated[Quick[Text] | Quick[Quick[int]], Field(max_length=MOST_CHOICES)] | Quick[int]
+    prompt: Text | Few[Text] | Few[Quick[int]] | Quick[int]
     logprobs: int | None = Field(None, ge=0, le=5)
 
     def prompts(self) -> list[str | list[int]]:
