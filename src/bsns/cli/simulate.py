@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -52,6 +53,8 @@ def simulate(
             try:
                 running = [loop.run_in_executor(pool, _one, text, began + n, plot is not None) for n in range(runs)]
                 for run_ in running:
+                    run_.add_done_callback(_taken_note_of)
+                for run_ in running:
                     done, drawn = await run_
                     figures.append(done)
                     say(f"{len(figures)} of {runs} simulated")
@@ -76,9 +79,16 @@ def simulate(
         raise typer.Exit(EXIT_FAILED)
 
 
+def _taken_note_of(run_: asyncio.Future[Any]) -> None:
+    """Whoever waits for the runs hears of the first that fails; asyncio would tell of all the others in the log."""
+    if not run_.cancelled():
+        run_.exception()
+
+
 def _one(text: str, seed: int, draw: bool) -> tuple[dict[str, Any], bytes]:
     """One run's figures, and its picture if that is wanted. In a process of its own, whose loops and logs are others:
     what simulated nodes complain of is no news."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches this one, too: whoever waits ends it
     from bsns.simulator.report import picture, report
     from bsns.simulator.scenario import parse_scenario
     from bsns.simulator.world import simulate

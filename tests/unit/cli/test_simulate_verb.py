@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -88,11 +90,13 @@ def test_files_and_options_that_make_no_sense(tiny: Path, tmp_path: Path) -> Non
     assert run(str(tiny), "--runs", "2", "--plot", "x.svg")[0] == 2
 
 
-def test_whoever_ends_it_waits_for_no_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["ended", "Ctrl-C"])
+def test_whoever_ends_it_waits_for_no_run_and_reads_of_none(tmp_path: Path, signum: signal.Signals) -> None:
+    """Ctrl-C reaches every process of the terminal."""
     file = tmp_path / "long.toml"
     file.write_text(TINY.replace("duration_s = 2.0", "duration_s = 86400.0"))
     command = [sys.executable, "-m", "bsns.cli.main", "simulate", str(file), "--runs", "4", "--jobs", "2", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             give_up_s = time.monotonic() + 60.0
             workers: list[psutil.Process] = []
@@ -101,8 +105,12 @@ def test_whoever_ends_it_waits_for_no_run(tmp_path: Path) -> None:
                 workers = [child for child in here if child.cpu_times().user > 1.0]  # past its imports
                 time.sleep(0.05)
             assert len(workers) == 2
-            process.terminate()
-            process.wait(10.0)
+            if signum == signal.SIGINT:
+                os.killpg(process.pid, signum)
+            else:
+                process.terminate()
+            out, err = process.communicate(timeout=10.0)
+            assert (process.returncode, out, err) == (130, b"", b"")
             assert psutil.wait_procs(workers, 5.0)[1] == []
         finally:
             process.kill()
