@@ -122,7 +122,11 @@ def run(
     log_format: LogFormat | None = None,
 ) -> None:
     """Run a verb to its end; an error becomes one line (with `as_json` also an object) and an exit status."""
-    log_to_stderr(format_=log_format)
+    try:
+        log_to_stderr(format_=log_format)
+    except BadOption as error:
+        verb.close()
+        raise typer.Exit(_fail(error, as_json=as_json, leashed=leashed)) from None
     signals = _Signals()
     status = 0
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import structlog
 import typer
+
+from bsns.core.errors import BadOption
 
 LogFormat = Literal["text", "json"]
 VARIABLE = "BSNS_LOG_FORMAT"
@@ -23,16 +25,23 @@ LogFormatOption = Annotated[
 
 def log_to_stderr(usual: int = logging.WARNING, format_: LogFormat | None = None) -> None:
     """Our own log at BSNS_LOG, or the `usual` level; libraries only when they warn. BSNS_LOG_FORMAT says what `format_`
-    does not."""
+    does not. Raises BadOption where it names no format."""
     level = logging.getLevelNamesMapping().get(os.environ.get("BSNS_LOG", "").upper(), usual)
-    as_json = (format_ or os.environ.get(VARIABLE)) == "json"
+    chosen = format_ or os.environ.get(VARIABLE) or "text"
+    if chosen not in get_args(LogFormat):
+        raise BadOption(f"{VARIABLE} is {chosen!r}; give {' or '.join(get_args(LogFormat))}")
+    as_json = chosen == "json"
     came: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # The usual renderer prints every frame's variables with a traceback: keys and invites would be among them.
-    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    # The usual renderer prints every frame's variables with a traceback: keys and invites would be among them. And
+    # colours, wherever the lines go.
+    plain = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"),
+        exception_formatter=structlog.dev.plain_traceback,
+    )
     told: list[structlog.typing.Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)] if as_json else [plain]
     )

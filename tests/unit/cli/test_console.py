@@ -79,6 +79,20 @@ def test_a_stranger_is_told_what_to_do(capsys: pytest.CaptureFixture[str]) -> No
     assert "its founder can make another" in capsys.readouterr().err
 
 
+def test_an_unknown_log_format_is_told_before_anything_is_begun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BSNS_LOG_FORMAT", "xml")
+
+    async def verb() -> None:
+        pytest.fail("it was begun")
+
+    with pytest.raises(typer.Exit) as ended:
+        console.run(verb())
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == "error: BSNS_LOG_FORMAT is 'xml'; give text or json\n"
+
+
 def test_json_has_the_error_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     status_of(BadOption("no"), as_json=True)
     said = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def test_the_environment_asks_for_it_too(capfd: pytest.CaptureFixture[str], monk
     structlog.get_logger("bsns").info("not told")
     structlog.get_logger("bsns").warning("told")
     assert json.loads(capfd.readouterr().err)["event"] == "told"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "coloured"), [(False, "", False), (True, "", True), (True, "1", False)]
+)
+def test_colours_are_for_terminals_that_want_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool, no_color: str, coloured: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    log_to_stderr()
+    structlog.get_logger("bsns").warning("told", session="7")
+    assert ("\x1b[" in capsys.readouterr().err) == coloured
 
 
 async def test_a_gateways_line_names_its_request_and_its_sessions(capfd: pytest.CaptureFixture[str]) -> None:
