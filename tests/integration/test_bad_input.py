@@ -117,6 +117,19 @@ class TestMachine:
     def test_a_size_that_is_none(self, command: Command, tiny: str, size: str) -> None:
         says(command("serve", tiny, f"--memory={size}"), "size", status=2)
 
+    def test_more_memory_than_there_can_be(self, command: Command, tiny: str) -> None:
+        says(command("serve", tiny, "--memory", "99999999999999999999T"), "--memory 9999", "1 PiB", status=2)
+
+    def test_a_gateways_port_in_use(self, command: Command, tiny: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            ended = command("up", tiny, "--gateway", "--gateway-port", port)
+            says(ended, port, "already in use", "give another --gateway-port", status=2)
+            says(command("gateway", tiny, "--join", "x", "--port", port), port, "give another --port", status=2)
+
+    def test_a_gateways_port_without_one(self, command: Command, tiny: str) -> None:
+        says(command("up", tiny, "--gateway-port", "5"), "--gateway-port", "--gateway", status=2)
+
     def test_a_port_in_use(self, command: Command, tiny: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]

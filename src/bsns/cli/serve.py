@@ -35,7 +35,9 @@ from bsns.cli.telemetry import OtlpOption, open_telemetry
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadOption
 from bsns.core.plan import Objective
+from bsns.core.words import size
 from bsns.swarm.election import LEASE_S
+from bsns.swarm.records import MAX_BYTES
 
 if TYPE_CHECKING:
     from bsns.node.server import Server
@@ -126,6 +128,8 @@ def serve(
 
     async def verb() -> None:
         memory_bytes = parse_size(memory)
+        if memory_bytes is not None and memory_bytes > MAX_BYTES:
+            raise BadOption(f"--memory {memory} is more than a node can have; give at most {size(MAX_BYTES)}")
         if public and join:
             raise BadOption("--public founds a new swarm, --join enters one; give only one of them")
         Objective.named(objective)

@@ -33,7 +33,7 @@ from bsns.cli.console import (
     say_aside,
 )
 from bsns.cli.gateway import open_listener, serve_http
-from bsns.core.errors import BadOption
+from bsns.core.errors import BadOption, PortInUse
 from bsns.core.ids import short_names
 from bsns.core.words import several, size
 from bsns.node.processes import prepare
@@ -41,6 +41,7 @@ from bsns.node.processes import prepare
 if TYPE_CHECKING:
     from bsns.client.pieces import Stats
     from bsns.client.sampling import SamplingOptions
+    from bsns.gateway.server import Listener
     from bsns.model.source import ModelSource
     from bsns.node.client import Client
     from bsns.node.view import NodeStatus
@@ -57,8 +58,11 @@ def up(
         bool, typer.Option("--gateway", help="Serve it with OpenAI's HTTP API, on this machine only.")
     ] = False,
     gateway_port: Annotated[
-        int, typer.Option("--gateway-port", min=0, max=65535, metavar="N", help="Its port; 0 takes a free one.")
-    ] = 8080,
+        int | None,
+        typer.Option(
+            "--gateway-port", min=0, max=65535, metavar="N", help="Its port; default: 8080; 0 takes a free one."
+        ),
+    ] = None,
     raw: sampling.RawFlag = False,
     dtype: DtypeOption = "auto",
     executor: ExecutorOption = "auto",
@@ -107,10 +111,12 @@ def up(
             raise BadOption("--chat is for people; give it without --json and --prompt")
         if gateway and (chat or prompt is not None):
             raise BadOption("--gateway stays up for clients; give it without --chat and --prompt")
+        if gateway_port is not None and not gateway:
+            raise BadOption("--gateway-port is the port of --gateway; give both, or neither")
         if prompt is not None:
             check_prompt(prompt)
         async with contextlib.AsyncExitStack() as stack:
-            listener = open_listener("127.0.0.1", gateway_port) if gateway else None
+            listener = _own_listener(gateway_port) if gateway else None
             with doing("loading libraries", quiet=as_json) as say:
                 prepare()
                 from bsns.client.sampling import SamplingOptions
@@ -188,6 +194,14 @@ def up(
                     raise await swarm.mend(told)
 
     run(verb(), as_json=as_json)
+
+
+def _own_listener(port: int | None) -> Listener:
+    """Where the gateway listens on this machine. Raises BadOption, PortInUse."""
+    try:
+        return open_listener("127.0.0.1", 8080 if port is None else port)
+    except PortInUse as error:  # it speaks of the option of `bsns gateway`
+        raise PortInUse(error.message.replace("--port", "--gateway-port")) from error
 
 
 @dataclass(frozen=True, slots=True)
