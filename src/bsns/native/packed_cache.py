@@ -3,7 +3,8 @@
     u64 header length | header (JSON) | zeros up to a page | the arena's bytes
 
 The layout is the same on every processor. A file that is cut, damaged or another's is not used and written anew; a disk
-that is full or cannot be written is no failure, for everything can be packed again.
+that is full or cannot be written is no failure, for everything can be packed again. What nobody has used for a month
+is removed when something else is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import Executor
@@ -33,6 +36,7 @@ _PAGE = 4096
 _PART_BYTES = 8 << 20
 """What is read and summed at a time."""
 _MAX_HEADER_BYTES = 1 << 20
+UNUSED_S = 30 * 86400.0
 
 
 class PackedCache:
@@ -40,7 +44,10 @@ class PackedCache:
 
     def __init__(self, checkpoint: Checkpoint, library: Library, kind: str, root: Path | None = None) -> None:
         """`root`: where all models' are kept; else in the cache (see model.source)."""
-        self._root = (root or cache_dir() / "packed") / _key(checkpoint, library, kind)
+        self._all = root or cache_dir() / "packed"
+        self._root = self._all / _key(checkpoint, library, kind)
+        with suppress(OSError):
+            os.utime(self._root)  # it is used; where there is none yet, writing makes one
         self._gives_up = False
         self.read_blocks = 0
         self.written_blocks = 0
@@ -87,7 +94,9 @@ class PackedCache:
         encoded = json.dumps(header).encode()
         partial: Path | None = None
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            if not self.written_blocks:
+                self._root.mkdir(parents=True, exist_ok=True)
+                _remove_unused(self._all)
             descriptor, name = tempfile.mkstemp(prefix=f"{index}.", suffix=".partial", dir=self._root)
             partial = Path(name)
             with os.fdopen(descriptor, "wb") as file:
@@ -106,6 +115,14 @@ class PackedCache:
 
     def _file(self, index: int) -> Path:
         return self._root / f"{index}.packed"
+
+
+def _remove_unused(packed: Path) -> None:
+    for kept in packed.iterdir():
+        with suppress(OSError):  # another node may be removing it as well
+            if kept.stat().st_mtime < time.time() - UNUSED_S:
+                log.info("removing packed blocks that were not used for a month", path=str(kept))
+                shutil.rmtree(kept)
 
 
 def _key(checkpoint: Checkpoint, library: Library, kind: str) -> str:

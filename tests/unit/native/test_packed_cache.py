@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,26 @@ def test_the_next_start_reads(kind: str, checkpoint: Checkpoint, root: Path) -> 
     second, *counts = load(checkpoint, root, kind)
     assert counts == [3, 0]
     assert torch.equal(first, second)
+
+
+def test_what_nobody_has_used_for_a_month_is_removed_when_something_else_is_kept(
+    checkpoint: Checkpoint, root: Path
+) -> None:
+    def age() -> None:
+        long_ago_s = time.time() - packed_cache.UNUSED_S - 60
+        for kept in root.iterdir():
+            os.utime(kept, (long_ago_s, long_ago_s))
+
+    load(checkpoint, root, "int8")
+    (unused,) = root.iterdir()
+    age()
+    load(checkpoint, root, "int4")
+    (used,) = root.iterdir()
+    assert used != unused
+    age()
+    assert load(checkpoint, root, "int4")[1:] == (3, 0)
+    load(checkpoint, root, "int8")
+    assert set(root.iterdir()) == {used, unused}
 
 
 def cut(file: Path) -> None:
