@@ -55,7 +55,7 @@ class Family:
                 self._known.setdefault(member.pid, member)
         for member in self._known.values():
             with contextlib.suppress(psutil.Error):
-                for at in re.findall(r"/tmp/hivemind-[\w-]+\.sock", " ".join(member.cmdline())):
+                for at in re.findall(r"/tmp/bsns-[\w-]+\.sock", " ".join(member.cmdline())):
                     self.sockets.add(Path(at))
         return self
 

@@ -22,12 +22,13 @@ from bsns.swarm.identity import Identity
 from bsns.transport.libp2p import Libp2pTransport
 from bsns.transport.port import Transport
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "transport"))
+PLACES = [str(Path(__file__).parents[1] / "unit" / "transport"), str(Path(__file__).parents[1])]
+sys.path.insert(0, PLACES[0])
 from conformance import DEADLINE_S, TransportConformance, echo
 
 SERVER = """
 import asyncio, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 from conformance import echo
 from bsns.transport.libp2p import Libp2pTransport
 
@@ -71,7 +72,7 @@ def daemons_of(pid: int) -> list[psutil.Process]:
 def server() -> object:
     """An echo server in a process of its own; yields the process and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(Path(__file__).parents[1] / "unit" / "transport")],
+        [sys.executable, "-c", SERVER, *PLACES],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -28,6 +28,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from bsns.core.errors import BadOption, BsnsError, NoSuchSwarm, PeerFailed, PeerLost, PeerUnreachable, PortInUse
 from bsns.core.ids import PeerId
 from bsns.protocol.frames import Buffer, Message, encode
+from bsns.transport import sockets
 from bsns.transport.backlog import backlog
 from bsns.transport.framing import FrameReader
 from bsns.transport.port import MAX_UNSENT_BYTES, Handler, Sent, Take
@@ -59,7 +60,12 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class _LeashedP2P(P2P):  # type: ignore[misc]
-    """hivemind's P2P whose daemon cannot outlive this process."""
+    """hivemind's P2P whose daemon cannot outlive this process, and whose sockets say whose they are."""
+
+    @classmethod
+    async def create(cls, *args: Any, **kwargs: Any) -> P2P:
+        cls._UNIX_SOCKET_PREFIX = f"/unix{sockets.prefix()}"
+        return await super().create(*args, **kwargs)
 
     @staticmethod
     def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
