@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bsns.core.errors import BsnsError
+
 if TYPE_CHECKING:
     from bsns.client.sampling import SamplingOptions
     from bsns.node.client import Client, SyncClient
 
 __version__ = "0.1.0"
-__all__ = ["Client", "SamplingOptions", "SyncClient", "__version__"]
+__all__ = ["BsnsError", "Client", "SamplingOptions", "SyncClient", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,10 +22,10 @@ from bsns.swarm.identity import Identity
 from bsns.transport.libp2p import Libp2pTransport
 from bsns.transport.port import Transport
 
-PLACES = [str(Path(__file__).parents[1] / "unit" / "transport"), str(Path(__file__).parents[1])]
-sys.path.insert(0, PLACES[0])
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "transport"))
 from conformance import DEADLINE_S, TransportConformance, echo
 
+PLACES = [str(Path(__file__).parents[1] / "unit" / "transport"), str(Path(__file__).parents[1])]
 SERVER = """
 import asyncio, sys
 sys.path[:0] = sys.argv[1:]
