@@ -158,7 +158,7 @@ def up(
                 )
                 await stack.enter_async_context(client)
                 say("measuring")
-                forecast = await _forecast(client, source)
+                forecast = await _forecast(client)
             if not as_json:
                 many, serve = several(nodes, "node"), "serves" if nodes == 1 else "serve"
                 err.print(f"[green]{many} {serve} {source.name}[/]", highlight=False)
@@ -215,18 +215,12 @@ class Forecast:
         return {"predicted_tokens_per_s": round(self.together, 2), "one_node_tokens_per_s": round(self.alone, 2)}
 
 
-async def _forecast(client: Client, source: ModelSource) -> Forecast:
-    """Predict from what the nodes say of themselves, and from a few tokens that tell the client's own share."""
-    from bsns.model.shapes import shape_of
-    from bsns.node.trial import alone_tokens_per_s, predicted_tokens_per_s, try_out
+async def _forecast(client: Client) -> Forecast:
+    """Predict from a few tokens: what the nodes measured when they started, they measured beside each other."""
+    from bsns.node.trial import try_out
 
-    trial = await try_out(client, tokens=4)
-    snapshot = client.view.snapshot()
-    shape = shape_of(source, snapshot.nodes[0].dtype)
-    together = predicted_tokens_per_s(trial.route, snapshot, shape, trial.client_s)
-    return Forecast(
-        together if together is not None else trial.tokens_per_s, alone_tokens_per_s(snapshot, shape, trial.client_s)
-    )
+    trial = await try_out(client, tokens=8)
+    return Forecast(1 / (trial.client_s + trial.turn_s), trial.alone_tokens_per_s())
 
 
 def _threads(source: ModelSource, device: str, executor: str, quant: str) -> int:

@@ -23,6 +23,15 @@ class Trial:
     tokens_per_s: float
     client_s: float
     route: Route
+    turn_s: float
+    """What a token takes from the client through all stages and back, the median."""
+    computing_s: float
+    """Of that, spent computing."""
+
+    def alone_tokens_per_s(self) -> float:
+        """What it says of a node like these that held the whole model: as much to compute, and fewer ways."""
+        way_s = max(0.0, self.turn_s - self.computing_s) / (len(self.route) + 1)
+        return 1 / (self.client_s + self.computing_s + 2 * way_s)
 
 
 async def try_out(client: Client, *, tokens: int = 32) -> Trial:
@@ -33,14 +42,9 @@ async def try_out(client: Client, *, tokens: int = 32) -> Trial:
     token_s = stats.decode_s / max(stats.tokens - 1, 1)
     turns_s = [total_ms / 1e3 for total_ms, _ in stats.turns_ms[1:]]
     client_s = max(0.0, token_s - statistics.fmean(turns_s)) if turns_s else 0.0
-    return Trial(stats.tokens_per_s, client_s, stats.route)
-
-
-def alone_tokens_per_s(snapshot: Snapshot, shape: ModelShape, client_s: float) -> float:
-    """What it says of the best single node of the snapshot holding the whole model, whether that fits it or not."""
-    problem = chain_problem(snapshot, shape, client_s=client_s)
-    latency_N = problem.entry_N + problem.work_L.sum() * problem.time_N + problem.exit_N + client_s
-    return float(1 / latency_N.min())
+    computing_s = [sum(hop.computing_ms for hop in hops) / 1e3 for _, hops in stats.turns_ms[1:]]
+    medians = (statistics.median(each) if each else token_s for each in (turns_s, computing_s))
+    return Trial(stats.tokens_per_s, client_s, stats.route, *medians)
 
 
 def predicted_tokens_per_s(route: Route, snapshot: Snapshot, shape: ModelShape, client_s: float) -> float | None:
