@@ -123,7 +123,14 @@ class _Search:
         solver.parameters.num_workers = WORKERS
         solver.parameters.random_seed = self.seed
         solver.parameters.linearization_level = linearization
+        leave_signals_alone(solver)
         return solver
+
+
+def leave_signals_alone(solver: cp_model.CpSolver) -> None:
+    """Keep CP-SAT from catching SIGINT, which it does by default, for the thread that solves alone: on Ctrl-C in any
+    other it aborts the process, and once it is done Ctrl-C kills at once, for it has put the default in its place."""
+    solver.parameters.catch_sigint_signal = False
 
 
 class _StopAt(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]
@@ -233,7 +240,9 @@ def _reaches_end(
     solver, status = search.run(model, PATIENCE, enough=problem.block_count)
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) and solver.objective_value >= problem.block_count - 0.5:
         return cp_model.FEASIBLE, _order(solver, arcs)
-    if status == cp_model.INFEASIBLE or solver.best_objective_bound < problem.block_count - 0.5:
+    # cut off while it still reads the model, CP-SAT says 0, which is no bound: whoever is first takes a block
+    bounded = status == cp_model.FEASIBLE or solver.best_objective_bound > 0
+    if status == cp_model.INFEASIBLE or (bounded and solver.best_objective_bound < problem.block_count - 0.5):
         return cp_model.INFEASIBLE, None
     return cp_model.UNKNOWN, None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
+from bsns.planning.exact import leave_signals_alone
 from bsns.planning.graph import Fleet, Ints, OperatorGraph
 
 UNITS = 1_000_000
@@ -69,6 +70,7 @@ def solve(
     solver = cp_model.CpSolver()
     solver.parameters.max_deterministic_time = effort
     solver.parameters.num_workers = 1
+    leave_signals_alone(solver)
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:
         # nothing within the known bottleneck but, by rounding, itself
