@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from bsns.node.trial import Trial
     from bsns.planning.problem import Chain
+    from bsns.planning.schemas import Library
 
 SCHEMAS = 3
 """How many of the nearest schemas are looked at."""
@@ -111,9 +112,8 @@ def plan(
                 write_file(save_snapshot, seen.to_json())
             say("planning")
             client_s = present.trial.client_s if present else 0.0
-            until_s = time.monotonic() + deadline_s
             asked = _Asked(wanted, weights, schemas, cache_tokens, client_s, seed)
-            made = await asyncio.to_thread(_make, seen, shape, asked, lambda: until_s - time.monotonic())
+            made = await asyncio.to_thread(_make, seen, shape, asked, deadline_s)
             if svg is not None:
                 say("drawing")
                 await asyncio.to_thread(_draw, made, seen, shape, svg)
@@ -164,11 +164,18 @@ class _Asked:
     seed: int
 
 
-def _make(seen: Snapshot, shape: ModelShape, asked: _Asked, remaining_s: Callable[[], float]) -> Plan:
+def _make(seen: Snapshot, shape: ModelShape, asked: _Asked, deadline_s: float) -> Plan:
+    """The plan, searched for so long. Loading the engines, a second and more on a busy machine, is no part of that."""
     import numpy as np
 
     from bsns.planning.planner import make_plan, plan_by_weights
     from bsns.planning.selection import Weights
+
+    library = _library(asked)
+    until_s = time.monotonic() + deadline_s
+
+    def remaining_s() -> float:
+        return until_s - time.monotonic()
 
     objective, cache_tokens, client_s = asked.objective, asked.cache_tokens, asked.client_s
     rng = np.random.default_rng(asked.seed)
@@ -184,7 +191,10 @@ def _make(seen: Snapshot, shape: ModelShape, asked: _Asked, remaining_s: Callabl
             rng=rng,
             remaining_s=remaining_s,
         )
-    warm, how = _from_schemas(seen, shape, asked, rng, lambda: remaining_s() / 2)
+    warm: list[Chain] = []
+    how = ""
+    if library is not None:
+        warm, how = _from_schemas(seen, shape, asked, library, rng, lambda: remaining_s() / 2)
     made = make_plan(
         seen,
         shape,
@@ -198,17 +208,22 @@ def _make(seen: Snapshot, shape: ModelShape, asked: _Asked, remaining_s: Callabl
     return replace(made, method=made.method + how)
 
 
+def _library(asked: _Asked) -> Library | None:
+    """The schemas to start from, where some were given."""
+    if asked.schemas is None:
+        return None
+    from bsns.planning.schema_file import from_json
+
+    return from_json(read_file(asked.schemas))
+
+
 def _from_schemas(
-    seen: Snapshot, shape: ModelShape, asked: _Asked, rng: Generator, remaining_s: Callable[[], float]
+    seen: Snapshot, shape: ModelShape, asked: _Asked, library: Library, rng: Generator, remaining_s: Callable[[], float]
 ) -> tuple[list[Chain], str]:
     """The chain that the schema library leads to, nodes numbered as in the snapshot, and how it came about."""
     from bsns.planning.problem import Stage
-    from bsns.planning.schema_file import from_json
     from bsns.planning.schemas import lookup
 
-    if asked.schemas is None:
-        return [], ""
-    library = from_json(read_file(asked.schemas))
     if library.objective != asked.objective:
         say_aside(
             f"the schemas were planned for {library.objective.name}, not for {asked.objective.name}: they serve "

@@ -1,7 +1,8 @@
 """The planner: from a problem to a chain with a proof, and from a snapshot to a plan.
 
 Anytime: the rivals' rules first, so that no plan is worse than theirs; then the genetic engine; then the exact solver
-with the best chain as its hint. The clock stays outside: `remaining_s()` says how many seconds are left.
+with the best chain as its hint; last replicas, whose first beginnings take no heed of the time. The clock stays
+outside: `remaining_s()` says how many seconds are left.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import scipy.optimize  # noqa: F401  the bounds' first use would load it, for a third of a second of the search's time
 
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import MissingBlocks, NotEnoughMemory

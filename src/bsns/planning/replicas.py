@@ -21,6 +21,10 @@ SLOWEST_REPLICA = 8.0
 little, and what a session that comes to it loses is much."""
 LARGE_TEAM = 64
 """Of a larger team only the fastest are looked at for the one that leads."""
+EVEN_CUTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+"""Into so many even ranges the model is cut to begin with; 1 is the whole model on one node."""
+SURE_NODES = 24
+"""Among so many, every way to begin is looked at whatever the time: all of them take about a tenth of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +204,20 @@ def even_teams(network: Network, stages: int) -> Teams | None:
 def share_out(
     network: Network, chains: Sequence[Teams], objective: Objective, *, remaining_s: Callable[[], float]
 ) -> Shared:
-    """The best plan in which stages are shared: from the given chains, from even cuts, and from the whole model on
-    each node that has room for it."""
-    counts = [count for count in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16) if count <= len(network.work_L)]
-    starts = [*chains, *(teams for count in counts if (teams := even_teams(network, count)) is not None)]
+    """The best plan in which stages are shared: from the whole model on each node that has room for it, from the given
+    chains, and from even cuts.
+
+    The first chain and the whole model are looked at even where no time is left: where the model fits single nodes, no
+    search for a chain makes up for that. The others too among SURE_NODES; else while there is time.
+    """
+    whole, *cuts = (even_teams(network, count) for count in EVEN_CUTS if count <= len(network.work_L))
+    first, *others = chains
+    beginnings = [teams for teams in (first, whole) if teams is not None]
+    sure = len(beginnings)
+    beginnings += [*others, *(teams for teams in cuts if teams is not None)]
     best: Shared | None = None
-    for teams in starts:
-        if best is not None and remaining_s() <= 0:
+    for number, teams in enumerate(beginnings):
+        if number >= sure and network.node_count > SURE_NODES and remaining_s() <= 0:
             break
         shared = add_replicas(network, teams, objective)
         if best is None or shared.value(objective) < best.value(objective):

@@ -89,6 +89,27 @@ def test_a_small_model_is_copied_rather_than_cut() -> None:
     assert plan.gap == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nodes", [12, 60])
+def test_where_no_time_is_left_a_small_model_is_copied_all_the_same(kind, nodes: int) -> None:  # type: ignore[no-untyped-def]
+    """On a busy machine all of the time may be gone before the first search: what costs next to nothing comes first."""
+    snapshot = synthetic(kind, nodes, np.random.default_rng(1))
+    hurried, patient = (
+        make_plan(snapshot, shape(30, 2e8), cache_tokens=0, rng=rng(), remaining_s=steps(count)) for count in (0, 20)
+    )
+    assert len(hurried.stages) == 1
+    assert hurried.bottleneck_s == pytest.approx(patient.bottleneck_s)
+    assert hurried.gap < 0.1
+
+
+def test_where_no_time_is_left_a_few_nodes_still_share_what_even_cuts_allow() -> None:
+    peers = [PeerId(name) for name in "abcdef"]
+    nodes = tuple(NodeView(peer, 0.001, 5 * 10**7) for peer in peers)  # half of the model each
+    links = {pair(one, other): Link(0.0001) for one in peers for other in peers if one < other}
+    plan = make_plan(Snapshot(0.0, nodes, links), shape(8, 1e8), cache_tokens=0, rng=rng(), remaining_s=steps(0))
+    assert [len(stage.peers) for stage in plan.stages] == [3, 3]
+
+
 def test_what_is_missing_is_said_with_the_precision_that_would_fit() -> None:
     nodes = tuple(NodeView(PeerId(name), 0.001, 2 * 2**30) for name in "ab")
     with pytest.raises(NotEnoughMemory, match=r"3 GiB are missing; in int8 it would fit"):
