@@ -24,6 +24,7 @@ likeness      by what one tells how alike two swarms are
 transfer      a chain as roles, cast with the nodes of another swarm
 layouts       what ranges held now are worth, and whether a plan is worth moving for
 selection     nodes picked by a user's own weights, with a look ahead
+weighed_rivals  what others' chains cost by such weights
 joining       what a node takes that joins a swarm without an orchestrator
 memory        how many blocks fit a node, and what a stage will take
 walks         the cheapest way over blocks and nodes, and chains that use each node once

@@ -6,6 +6,8 @@ from bsns.core.plan import ONE_NODE, Alternative, Plan
 
 PROVEN = 1e-4
 """A gap below this is a rounding of the proof's."""
+OWN_WEIGHTS = "your own weights"
+"""How the method of a plan begins that a user's weights chose: its gap is then not that of what was minimised."""
 
 
 def speeds(plan: Plan) -> str:
@@ -17,12 +19,25 @@ def speeds(plan: Plan) -> str:
 def proof(plan: Plan) -> str:
     """How the plan was found, and how much better any other could be."""
     bound = plan.lower_bound_s * 1e3
+    if by_weights(plan):  # its bound is one on chains: weights choose no replicas
+        found = f"{found_by(plan.method)}; by the objective {plan.objective.name}"
+        if plan.gap < PROVEN:
+            return f"{found} no chain can be better either ({bound:.4g} ms)"
+        return (
+            f"{found}, which your weights need not follow, it is at most {plan.gap:.1%} from the best possible chain "
+            f"({plan.value * 1e3:.4g} ms, no chain is under {bound:.4g} ms)"
+        )
     if plan.gap < PROVEN:
         return f"no plan can be better: {found_by(plan.method)}, and proven ({bound:.4g} ms)"
     return (
         f"{found_by(plan.method)}; at most {plan.gap:.1%} from the best possible "
         f"({plan.value * 1e3:.4g} ms, no plan is under {bound:.4g} ms)"
     )
+
+
+def by_weights(plan: Plan) -> bool:
+    """Whether a user's own weights chose the plan."""
+    return plan.method.startswith(OWN_WEIGHTS)
 
 
 def found_by(method: str) -> str:
@@ -42,8 +57,8 @@ def advice(plan: Plan) -> list[str]:
 
 
 def against(plan: Plan, other: Alternative) -> str:
-    """What an alternative costs beside the plan, or why it is impossible."""
-    if other.bottleneck_s is None or other.latency_s is None:
+    """What an alternative costs beside the plan, by what the plan was chosen by, or why it is impossible."""
+    if other.bottleneck_s is None or other.latency_s is None or (by_weights(plan) and other.note):
         return other.note or "impossible"
     ratio = plan.objective.value(other.bottleneck_s, other.latency_s) / plan.value
     how = f"{ratio:.2f} × the cost" if abs(ratio - 1) > 5e-3 else "the same"

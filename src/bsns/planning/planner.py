@@ -19,6 +19,7 @@ from bsns.core.errors import MissingBlocks, NotEnoughMemory
 from bsns.core.plan import LEAST_CACHE_TOKENS, ONE_NODE, Alternative, LeftOut, Objective, Plan, PlannedStage
 from bsns.core.snapshot import ModelShape, Snapshot
 from bsns.core.words import size
+from bsns.planning.account import OWN_WEIGHTS
 from bsns.planning.bounds import bottleneck_floor, latency_floor, lower_bound
 from bsns.planning.chain_dp import best_cut, nearest_order
 from bsns.planning.device_order import search_orders
@@ -32,6 +33,7 @@ from bsns.planning.scale import DENSE_NODES, candidates
 from bsns.planning.selection import Traits, Weighed, Weights, fitting_reach, select
 from bsns.planning.sharing import refine
 from bsns.planning.walks import MAX_CASES, Bools, Cost, cheapest_chain
+from bsns.planning.weighed_rivals import beside_chosen, numbered
 
 Clock = Callable[[], float]
 """How many seconds are left."""
@@ -238,10 +240,13 @@ def plan_by_weights(
     bound_s = plan_bound(network, problem, objective, solved, replicas=False)
     looked_at = "" if len(nodes) == len(allowed) else f" of the {len(nodes)} nodes looked at"
     how = f"no chain{looked_at} is cheaper by them" if found.proven else found.how
-    alternatives = (*_alternatives(rivals_problem, rivals), _one_node(network))
+    others = {name: chain and numbered(chain, few) for name, chain in rivals.items()} | {ONE_NODE: _alone(network)}
+    notes = beside_chosen(network, snapshot.nodes, weights, numbered(found.chain, nodes), others)
+    plain = (*_alternatives(rivals_problem, rivals), _one_node(network))
+    alternatives = tuple(replace(other, note=notes.get(other.name, other.note)) for other in plain)
     shared = evaluate(network, teams_of(found.chain, nodes))
     reasons = left_out_by_weights(network, shared, allowed=allowed, looked_at=nodes)
-    method = f"your own weights ({how})" if how else "your own weights"
+    method = f"{OWN_WEIGHTS} ({how})" if how else OWN_WEIGHTS
     return _plan(network, shape, objective, shared, method, bound_s, alternatives, reasons)
 
 
@@ -375,15 +380,23 @@ def _alternatives(problem: ChainProblem, rivals: Mapping[str, Chain | None]) -> 
     return others
 
 
+def _alone(network: Network) -> Chain | None:
+    """The whole model on the node that answers a single stream soonest, or None where it fits none."""
+    fits_N = network.memory_N >= float(network.bytes_L.sum())
+    if not fits_N.any():
+        return None
+    latency_N = float(network.work_L.sum()) * network.time_N + 2 * network.ends_N
+    return (Stage(int(np.where(fits_N, latency_N, math.inf).argmin()), 0, len(network.work_L)),)
+
+
 def _one_node(network: Network) -> Alternative:
     """The whole model on the best single node."""
-    need = float(network.bytes_L.sum())
-    fits_N = network.memory_N >= need
-    if not fits_N.any():
-        missing = size(need - float(network.memory_N.max()))
+    chain = _alone(network)
+    if chain is None:
+        missing = size(float(network.bytes_L.sum()) - float(network.memory_N.max()))
         return Alternative(ONE_NODE, None, None, f"{missing} are missing on the largest node")
-    compute_N = float(network.work_L.sum()) * network.time_N
-    latency_N = np.where(fits_N, compute_N + 2 * network.ends_N + network.client_s, math.inf)
-    node = int(latency_N.argmin())
-    turn_s = max(float(compute_N[node] + network.ends_N[node]), float(network.ends_N[node]) + network.client_s)
-    return Alternative(ONE_NODE, turn_s, float(latency_N[node]))
+    node = chain[0].node
+    compute_s, way_s = float(network.work_L.sum() * network.time_N[node]), float(network.ends_N[node])
+    return Alternative(
+        ONE_NODE, max(compute_s + way_s, way_s + network.client_s), compute_s + 2 * way_s + network.client_s
+    )

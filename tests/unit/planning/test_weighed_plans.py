@@ -13,10 +13,12 @@ from bsns.core.errors import MissingBlocks
 from bsns.core.ids import ModelId
 from bsns.core.plan import Objective, Plan
 from bsns.core.snapshot import MAX_PRICE, ModelShape, Snapshot
+from bsns.planning.account import against, proof
 from bsns.planning.network import chain_problem
 from bsns.planning.planner import Clock, plan_by_weights
 from bsns.planning.problem import Chain, ChainProblem, Stage
 from bsns.planning.selection import MOST_WEIGHT, PRESETS, TERMS, Traits, Weighed, Weights, select
+from bsns.planning.weighed_rivals import FORBIDDEN, compared
 from bsns.topology.synthetic import synthetic
 
 FAST = PRESETS["fast"]
@@ -36,13 +38,18 @@ def tight(nodes: int, share: float, seed: int = 0) -> Snapshot:
 
 
 def planned(
-    snapshot: Snapshot, weights: Weights, model: ModelShape | None = None, *, remaining_s: Clock = lambda: 5.0
+    snapshot: Snapshot,
+    weights: Weights,
+    model: ModelShape | None = None,
+    *,
+    objective: Objective = LATENCY,
+    remaining_s: Clock = lambda: 5.0,
 ) -> Plan:
     return plan_by_weights(
         snapshot,
         model or shape(),
         weights,
-        objective=LATENCY,
+        objective=objective,
         cache_tokens=0,
         client_s=0.001,
         rng=np.random.default_rng(0),
@@ -145,3 +152,47 @@ def test_the_greatest_figures_do_not_overflow(term: str) -> None:
     dearest = replace(bare.nodes[0], price=MAX_PRICE, block_time_s=1e6, reputation=0.0)
     plan = planned(replace(bare, nodes=(dearest, *bare.nodes[1:])), replace(PRESETS["cheap"], **{term: MOST_WEIGHT}))
     assert np.isfinite(plan.latency_s)
+
+
+def test_others_chains_are_compared_by_the_weights() -> None:
+    """By throughput, which was not asked for, a chain may well be better than the cheapest one."""
+    bare = tight(4, 0.2)
+    nodes = tuple(
+        replace(node, memory_bytes=10**11, price=price)
+        for node, price in zip(bare.nodes, (1.0, 5.0, 5.0, 5.0), strict=True)
+    )
+    model = shape()
+    plan = planned(replace(bare, nodes=nodes), Weights(price=1e6), model, objective=Objective())
+    faster = [other for other in plan.alternatives if other.bottleneck_s and other.bottleneck_s < plan.bottleneck_s]
+    assert faster
+    for other in faster:
+        words = against(plan, other)
+        assert "× by your weights" in words, words
+        assert float(words.split()[0]) > 1
+    assert "by the objective throughput, which your weights need not follow" in proof(plan)
+    assert "from the best possible chain" in proof(plan)
+
+
+def test_a_chain_of_nodes_that_weights_forbid_is_no_rival() -> None:
+    bare = tight(4, 0.2)
+    nodes = tuple(replace(node, memory_bytes=10**11, attested=n == 3) for n, node in enumerate(bare.nodes))
+    plan = planned(replace(bare, nodes=nodes), PRESETS["attested-only"])
+    assert {against(plan, other) for other in plan.alternatives} <= {FORBIDDEN, "the same by your weights"}
+    assert FORBIDDEN in {against(plan, other) for other in plan.alternatives}
+
+
+@pytest.mark.parametrize(
+    ("cost", "chosen", "words"),
+    [
+        (2.0, 2.0, "the same"),
+        (0.0, 0.0, "the same"),
+        (2.004, 2.0, "hardly more"),
+        (1.996, 2.0, "hardly less"),
+        (3.0, 2.0, "1.50 ×"),
+        (1.0, 2.0, "0.50 ×"),
+        (1e9, 2.0, "over 1000 ×"),
+        (1.0, 0.0, "over 1000 ×"),
+    ],
+)
+def test_costs_by_weights_in_words(cost: float, chosen: float, words: str) -> None:
+    assert compared(cost, chosen) == f"{words} by your weights"
