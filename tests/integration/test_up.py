@@ -124,6 +124,27 @@ def test_its_parent_killed(tiny: str, moment: str) -> None:
         parent.communicate()
 
 
+def test_with_nohup_it_stays_when_its_parent_has_gone(tiny: str) -> None:
+    script = "import signal, subprocess, sys; signal.signal(1, signal.SIG_IGN); subprocess.run(sys.argv[1:])"
+    arguments = [sys.executable, "-c", script, *BSNS, "up", tiny, "--nodes", "1", "--json"]
+    parent = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    family = Family(parent.pid)
+    try:
+        assert parent.stdout is not None
+        invite = json.loads(parent.stdout.readline())["invite"]
+        (command,) = (member for member in family.look().named("bsns.cli.main") if member.ppid() == parent.pid)
+        parent.kill()
+        parent.wait()
+        for _ in range(2):  # it looks for its parent twice a second
+            seen = bsns("status", "--join", invite, "--json")
+            assert seen.returncode == 0, seen
+        command.send_signal(signal.SIGTERM)
+        family.gone(10)
+    finally:
+        family.kill()
+        parent.communicate()
+
+
 def test_a_node_killed_in_the_middle_of_an_answer(tiny: str) -> None:
     """It is started again, and the answer goes on."""
     words = ("up", tiny, "--nodes", "2", "--prompt", "Hi", "--max-tokens", "2000")

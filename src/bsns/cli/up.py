@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shlex
+import signal
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,7 +100,7 @@ def up(
     """Start a swarm of node processes on this machine, and use it.
 
     Without --prompt or --chat it stays up until Ctrl-C and prints the invite for other terminals. A node whose process
-    ends is started again. It never outlives the process that started it.
+    ends is started again. It never outlives the process that started it, unless it is started with nohup.
 
     Example:
       bsns up smollm2-135m --nodes 3 --prompt "What is the capital of France?"
@@ -127,8 +128,9 @@ def up(
                 options = SamplingOptions(
                     temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
                 )
-                watching = asyncio.create_task(watch_parent(asyncio.current_task(), parent))
-                stack.callback(watching.cancel)
+                if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                    watching = asyncio.create_task(watch_parent(asyncio.current_task(), parent))
+                    stack.callback(watching.cancel)
                 say("looking at the model")
                 source = await asyncio.to_thread(resolve, model, progress=say)
                 swarm = await local_swarm.start(
