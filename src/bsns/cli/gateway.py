@@ -29,6 +29,7 @@ from bsns.cli.console import (
     parse_size,
     run,
     see_through,
+    settle,
     tell,
 )
 from bsns.cli.logs import LogFormat, LogFormatOption, log_to_stderr
@@ -212,6 +213,7 @@ async def serve_http(
     with doing("reading the vocabulary", quiet=as_json):
         grammars = await asyncio.to_thread(Grammars, engine.prompts.tokenizer, engine.vocab_size)
     app = create_app(engine, grammars, listener.settings)
+    settle()
     log_to_stderr(logging.INFO, "json" if as_json else log_format)
     listener.listen()
     if as_json:

@@ -29,6 +29,7 @@ from bsns.cli.console import (
     parse_size,
     run,
     see_through,
+    settle,
 )
 from bsns.cli.logs import LogFormatOption
 from bsns.cli.telemetry import OtlpOption, open_telemetry
@@ -195,6 +196,7 @@ def serve(
 
                 scraping.begin(partial(server_metrics, server))
             record = server.record
+            settle()
             if as_json:
                 emit(
                     {

@@ -17,6 +17,8 @@ from bsns.core.errors import BadOption
 
 MOST_SCHEMA_BYTES = 256 << 10
 """Of a request's schemas together: what takes the library about half a second."""
+MOST_LETTERS = 300
+"""Of what the library says of a schema."""
 # One way to write a value, as json.dumps does: every token is a walk through the swarm, and none is spent on blanks, of
 # which a small model in doubt writes many.
 _OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -91,7 +93,8 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise BadOption(f"the JSON schema cannot be used: {self._matcher.get_error().splitlines()[0]}")
+            why = " ".join(self._matcher.get_error().partition("<state>")[0].split())
+            raise BadOption(f"the JSON schema cannot be used: {why[:MOST_LETTERS]}")
 
 
 def _tight(schema: Mapping[str, Any]) -> str:
