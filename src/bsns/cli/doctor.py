@@ -6,11 +6,11 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
+from bsns.cli.tables import natural_width, print_table, table
 from bsns.core.ids import PeerId, short_names
 from bsns.core.snapshot import Link, Snapshot
 from bsns.core.words import several, size
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 MATRIX_NODES = 6
 """Up to so many nodes links are shown as a matrix where it fits the terminal, else as a list, the slowest first."""
-WIDE = 10_000
-"""Characters; wider than any terminal."""
 LISTED_LINKS = 30
 BROKEN = ("model", "blocks", "device")
 """Columns that may take more than one line."""
@@ -65,11 +63,12 @@ def show(sight: Sight, found: list[Finding]) -> None:
     """For people: nodes, links, then the diagnosis."""
     records = _in_order(sight)
     if records:
-        out.print(nodes_table(sight))
+        print_table(nodes_table(sight))
         square = matrix(records, sight.snapshot)
-        fits = out.measure(square, options=out.options.update(width=WIDE)).maximum <= out.width
-        small = len(records) <= MATRIX_NODES and fits
-        out.print("", square if small else links_table(records, sight.snapshot), "", sep="\n")
+        small = len(records) <= MATRIX_NODES and natural_width(square) <= out.width
+        out.print()
+        print_table(square if small else links_table(records, sight.snapshot))
+        out.print()
     if not found:
         out.print("Nothing looks wrong.", style="green")
         return
@@ -89,7 +88,7 @@ def nodes_table(sight: Sight) -> Table:
         Text(f"{next(iter(models))}, {several(records[0].block_count, 'block')}, {records[0].dtype}") if one else None
     )
     columns = ("node", "blocks", "device", "block\ntime", "prompt\ntoken", "memory", "cache\nleft", "sessions", "up")
-    view = _table(*(columns if one else ("model", *columns)), title=title)
+    view = table(*(columns if one else ("model", *columns)), title=title, broken=BROKEN)
     for record in records:
         now = sight.answers.get(record.peer)
         state = Text("no answer", style="red") if record.peer in sight.silent else Text(_ranges(record))
@@ -111,7 +110,7 @@ def nodes_table(sight: Sight) -> Table:
 def matrix(records: list[NodeRecord], snapshot: Snapshot) -> Table:
     """Every link, and this machine's own ways in the last row."""
     names = short_names(record.peer for record in records)
-    view = _table("links", *(names[record.peer] for record in records))
+    view = table("links", *(names[record.peer] for record in records))
     for row, record in enumerate(records):
         cells = [_cell(snapshot.link(record.peer, other.peer)) if n < row else "" for n, other in enumerate(records)]
         cells[row] = "·"
@@ -127,7 +126,7 @@ def links_table(records: list[NodeRecord], snapshot: Snapshot) -> Table:
     links |= {("this machine", peer): link for peer, link in snapshot.client.items()}
     ordered = sorted(links.items(), key=lambda entry: -entry[1].transfer_s(16 * 1024))
     title = several(len(links), "link") + (f", the {LISTED_LINKS} slowest" if len(links) > LISTED_LINKS else "")
-    view = _table("from", "to", "round trip", "bandwidth", "measured", title=Text(title))
+    view = table("from", "to", "round trip", "bandwidth", "measured", title=Text(title))
     for (one, other), link in ordered[:LISTED_LINKS]:
         view.add_row(one, names[other], _trip(link), _bandwidth(link), f"{_span(link.age_s)} ago")
     return view
@@ -176,16 +175,6 @@ def _node_dict(record: NodeRecord, sight: Sight) -> dict[str, Any]:
         "uptime_s": round(max(0.0, sight.snapshot.taken_s - record.started_s), 1),
         "error": sight.silent.get(record.peer),
     }
-
-
-def _table(*columns: str, title: Text | None = None) -> Table:
-    """Without frames and margins, so that eighty characters hold it; only what others announce is ever broken."""
-    view = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for column in columns:
-        view.add_column(column, no_wrap=column not in BROKEN)
-    return view
 
 
 def _in_order(sight: Sight) -> list[NodeRecord]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from bsns.cli.console import out, tell
+from bsns.cli.tables import print_table, table
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import PeerId, short_names
 from bsns.core.memory import MemoryUse
@@ -50,8 +50,10 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None, memory: Sequen
     names = short_names(
         [*(node.peer for node in snapshot.nodes), *((hop.peer for hop in present.trial.route) if present else ())]
     )
-    out.print(_stages(plan, snapshot, names))
-    out.print(_memory(memory, names))
+    print_table(_stages(plan, snapshot, names))
+    out.print()
+    print_table(_memory(memory, names))
+    out.print()
     tell(f"predicted: {speeds(plan)}")
     tell(proof(plan))
     if present is not None:
@@ -60,7 +62,9 @@ def show(plan: Plan, snapshot: Snapshot, present: Present | None, memory: Sequen
         hops = " → ".join(f"{names[hop.peer]} {hop.blocks}" for hop in present.trial.route)
         tell(f"the swarm as it is ({hops}), one stream: measured {present.trial.tokens_per_s:.1f} tokens/s{beside}")
     if plan.alternatives:
-        out.print(_alternatives(plan))
+        out.print()
+        print_table(_alternatives(plan))
+        out.print()
     for line in (*_left_out(plan, names), *advice(plan)):
         tell(line, style="yellow")
     for assumption in plan.assumptions:
@@ -123,11 +127,10 @@ def as_dict(plan: Plan, present: Present | None, memory: Sequence[Footprint]) ->
 
 
 def _stages(plan: Plan, snapshot: Snapshot, names: Mapping[PeerId, str]) -> Table:
-    view = Table(
-        *("blocks", Column("node", no_wrap=True), "compute", "way in", "replicas", "now holds"),
+    view = table(
+        *("blocks", "node", "compute", "way in", "replicas", "now holds"),
         title=Text(f"{plan.model_name}, {several(plan.block_count, 'block')}, {several(len(snapshot.nodes), 'node')}"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
+        broken=("replicas", "now holds"),
     )
     for stage in plan.stages:
         node = snapshot.node(stage.peer)
@@ -143,21 +146,10 @@ def _stages(plan: Plan, snapshot: Snapshot, names: Mapping[PeerId, str]) -> Tabl
 
 
 def _memory(memory: Sequence[Footprint], names: Mapping[PeerId, str]) -> Table:
-    columns = (
-        "blocks",
-        Column("node", no_wrap=True),
-        "precision",
-        "process",
-        "weights",
-        "cache",
-        "in all",
-        "now",
-    )
-    view = Table(
-        *columns,
+    view = table(
+        *("blocks", "node", "precision", "process", "weights", "cache", "in all", "now"),
         title="memory once all of the cache is used; now: what the process takes",
-        title_justify="left",
-        box=SIMPLE_HEAD,
+        broken=("precision",),
     )
     for place in memory:
         view.add_row(
@@ -185,7 +177,9 @@ def _size(size_bytes: int) -> str:
 
 
 def _alternatives(plan: Plan) -> Table:
-    view = Table("instead", "slowest stage", "one token", "one stream", "against the plan", box=SIMPLE_HEAD)
+    view = table(
+        *("instead", "slowest\nstage", "one token", "one stream", "against the plan"), broken=("against the plan",)
+    )
     view.add_row(
         "this plan", f"{plan.bottleneck_s * 1e3:.2f} ms", f"{plan.latency_s * 1e3:.2f} ms", _per_s(plan.latency_s), ""
     )

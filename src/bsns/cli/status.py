@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from bsns.cli import tables
 from bsns.cli.console import JoinOption, JsonFlag, doing, emit, out, run, tell
 from bsns.cli.plan_table import precision
 from bsns.cli.up import in_block_order
@@ -39,14 +40,12 @@ def status(join: JoinOption, as_json: JsonFlag = False) -> None:
         if not nodes:
             out.print("The swarm has no nodes; start one with: bsns serve MODEL --join INVITE", highlight=False)
             return
-        out.print(table(nodes))
-        out.print(memory_table(nodes))
-        for model, gaps in missing(nodes).items():
-            tell(
-                f"nobody serves blocks {', '.join(gaps)} of {model}; "
-                f"start a node with: bsns serve MODEL --blocks {gaps[0]} --join INVITE",
-                style="yellow",
-            )
+        tables.print_table(table(nodes))
+        out.print()
+        tables.print_table(memory_table(nodes))
+        out.print()
+        for line in calls(nodes):
+            tell(line, style="yellow")
         for line in reasons(nodes):
             tell(line)
         for node in nodes:
@@ -57,52 +56,56 @@ def status(join: JoinOption, as_json: JsonFlag = False) -> None:
 
 
 def table(nodes: list[NodeStatus]) -> Table:
-    """One row per node, in the order of the blocks."""
+    """One row per node, in the order of the blocks; what all have in common is in the title."""
     models = {node.record.model_name for node in nodes}
-    title = Text(f"{models.pop()}, {several(nodes[0].record.block_count, 'block')}") if len(models) == 1 else None
-    columns = ("blocks", "node", "device", "state", "cache left", "sessions", "block time", "round trip")
-    view = Table(*(columns if title else ("model", *columns)), title=title, title_justify="left", box=SIMPLE_HEAD)
+    kinds = {_precision(node) for node in nodes}
+    one, alike = len(models) == 1, len(models) == len(kinds) == 1
+    title = ", ".join((models.pop(), several(nodes[0].record.block_count, "block"), *(kinds if alike else ())))
+    columns = ("node", "blocks", "device", "cache left", "sessions", "block\ntime", "round\ntrip")
+    view = tables.table(
+        *(columns if one else ("model", *columns)),
+        title=Text(title) if one else None,
+        broken=("model", "blocks", "device"),
+    )
     names = short_names(node.record.peer for node in nodes)
     for node in nodes:
         record, now = node.record, node.now
+        blocks = Text(f"{record.blocks} {record.state}" if record.state != "serving" else str(record.blocks))
+        device = f"{record.device} {name_of(record.executor)}"
         cells = (
-            str(record.blocks),
             names[record.peer],
-            Text(
-                f"{record.device} {record.dtype} {name_of(record.executor)}"
-            ),  # Text: what others announce is no markup
-            record.state if node.error is None else Text("no answer", style="red"),
+            blocks if node.error is None else Text(f"{record.blocks} no answer", style="red"),
+            Text(device if alike else f"{device}, {_precision(node)}"),  # Text: what others announce is no markup
             f"{now.cache_tokens_left if now else record.cache_tokens_left} of {record.cache_tokens}",
             str(now.sessions) if now else "–",
             f"{(now.block_time_s if now else record.block_time_s) * 1e3:.2f} ms",
             f"{node.round_trip_s * 1e3:.2f} ms" if node.round_trip_s is not None else "–",
         )
-        view.add_row(*(cells if title else (Text(record.model_name), *cells)))
+        view.add_row(*(cells if one else (Text(record.model_name), *cells)))
     return view
 
 
 def memory_table(nodes: list[NodeStatus]) -> Table:
     """What each node reckons to have in memory, beside what its process takes."""
-    columns = ("blocks", "node", "precision", "process", "weights", "cache", "journals", "in all", "resident", "full")
-    view = Table(
-        *columns,
+    view = tables.table(
+        *("node", "process", "weights", "cache", "journals", "in all", "resident", "full"),
         title="memory; in all: what should be resident now, full: once all of the cache is used",
-        title_justify="left",
-        box=SIMPLE_HEAD,
     )
     names = short_names(node.record.peer for node in nodes)
     for node in nodes:
         record, use = node.record, node.now.memory if node.now else None
         parts = (use.baseline_bytes, use.weight_bytes, use.kv_bytes, use.journal_bytes, use.now_bytes) if use else ()
         view.add_row(
-            str(record.blocks),
             names[record.peer],
-            Text(precision(record.dtype, record.quant, record.kv)),
             *(map(size, parts) if use else ["–"] * 5),
             size(node.now.rss_bytes if node.now else record.rss_bytes),
             size(use.full_bytes) if use else "–",
         )
     return view
+
+
+def _precision(node: NodeStatus) -> str:
+    return precision(node.record.dtype, node.record.quant, node.record.kv)
 
 
 def name_of(executor: str) -> str:
@@ -136,6 +139,15 @@ def missing(nodes: list[NodeStatus]) -> dict[str, list[str]]:
         for model, record in models.items()
     }
     return {name: [str(gap) for gap in found] for name, found in gaps.items() if found}
+
+
+def calls(nodes: list[NodeStatus]) -> list[str]:
+    """What a model lacks and how to help it, a line each."""
+    return [
+        f"nobody serves blocks {', '.join(gaps)} of {model}; "
+        f"start a node with: bsns serve {shlex.quote(model)} --blocks {gaps[0]} --join INVITE"
+        for model, gaps in missing(nodes).items()
+    ]
 
 
 def as_dict(node: NodeStatus) -> dict[str, Any]:

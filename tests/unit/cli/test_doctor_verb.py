@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from bsns.cli import doctor
+from bsns.cli import doctor, tables
 from bsns.core.ids import ModelId, PeerId
 from bsns.core.snapshot import Link
 from bsns.node.snapshots import Sight
@@ -23,7 +23,13 @@ IDS = [PeerId(f"12D3KooWsomething{n:08}") for n in range(9)]
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal in which no cell is broken."""
-    monkeypatch.setattr(doctor, "out", Console(width=160, soft_wrap=True))
+    set_width(monkeypatch, 160)
+
+
+def set_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    for module in (doctor, tables):
+        terminal = Console(width=width, soft_wrap=True, force_terminal=True, color_system=None)
+        monkeypatch.setattr(module, "out", terminal)
 
 
 def sight_of(count: int) -> Sight:
@@ -91,7 +97,7 @@ def test_many_nodes_have_their_links_in_a_list(capsys: pytest.CaptureFixture[str
 def test_eighty_characters_are_enough(
     nodes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "out", Console(width=80, soft_wrap=True))
+    set_width(monkeypatch, 80)
     doctor.show(sight_of(nodes), [])
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80

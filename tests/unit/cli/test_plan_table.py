@@ -6,8 +6,9 @@ import dataclasses
 import json
 
 import pytest
+from rich.console import Console
 
-from bsns.cli import console
+from bsns.cli import console, tables
 from bsns.cli.console import parse_seconds
 from bsns.cli.plan_picture import draw_plan
 from bsns.cli.plan_table import as_dict, footprints, show
@@ -67,6 +68,18 @@ def test_people_are_told_everything(capsys: pytest.CaptureFixture[str], monkeypa
         "7.15 KiB",
     ):
         assert words in said, words
+
+
+def test_no_figure_is_broken_at_eighty_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "out", Console(width=80, soft_wrap=True, force_terminal=True, color_system=None))
+    show(PLAN, SNAPSHOT, None, footprints(PLAN, SNAPSHOT, SHAPE, 7))
+    lines = capsys.readouterr().out.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("memory once"))
+    assert lines[at + 1].split() == ["blocks", "node", "precision", "process", "weights", "cache", "in", "all", "now"]
+    assert [line.split()[1] for line in lines[at + 3 : at + 6]] == ["…node0000", "…node0002", "…node0001"]
+    assert max(map(len, lines[: at + 6])) <= 80
 
 
 def test_a_proven_plan_says_that_none_is_better(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 
 import msgspec
+import pytest
 from rich.console import Console
+from rich.table import Table
 
-from bsns.cli import status, up
+from bsns.cli import status, tables, up
 from bsns.client.pieces import Stats
 from bsns.core.blocks import BlockRange
 from bsns.core.ids import ModelId, PeerId
@@ -59,6 +63,12 @@ def test_missing_ranges_are_those_that_nobody_serves_now() -> None:
     assert status.missing([node("a", 0, 8), node("b", 0, 4, model="other")]) == {"other": ["4:8"]}
 
 
+def test_the_call_for_a_node_names_the_model() -> None:
+    assert status.calls([node("a", 0, 2, model="my model")]) == [
+        "nobody serves blocks 2:8 of my model; start a node with: bsns serve 'my model' --blocks 2:8 --join INVITE"
+    ]
+
+
 def test_nodes_come_in_the_order_of_their_blocks() -> None:
     nodes = [node("a", 4, 8), node("b", 0, 4), node("c", 0, 2)]
     assert [n.record.peer for n in up.in_block_order(nodes)] == ["c", "b", "a"]
@@ -95,7 +105,51 @@ def test_the_status_table_names_the_model_once_or_in_each_row() -> None:
     assert "m, 8 blocks" in shown(status.table([node("a", 0, 8)]))
     two = shown(status.table([node("a", 0, 8), node("b", 0, 8, model="other", error="x")]))
     assert "other" in two
-    assert "no answer" in two
+    assert "0:8 no answer" in two
+    assert "0:8 joining" in shown(status.table([node("a", 0, 8, state="joining")]))
+
+
+def test_the_precision_is_in_the_title_or_in_each_row() -> None:
+    one, other = node("a", 0, 4), node("b", 4, 8)
+    assert re.match("m, 8 blocks, float32 *\n", shown(status.table([one, other])))
+    other = replace(other, record=msgspec.structs.replace(other.record, quant="int8"))
+    mixed = shown(status.table([one, other]))
+    assert re.match("m, 8 blocks *\n", mixed)
+    assert "cpu torch, float32, weights int8" in mixed
+
+
+def printed(monkeypatch: pytest.MonkeyPatch, view: Table, width: int, *, terminal: bool) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), force_terminal=terminal, soft_wrap=True, color_system=None)
+    monkeypatch.setattr(tables, "out", console)
+    tables.print_table(view)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+@pytest.mark.parametrize("width", [50, 80, 140])
+def test_the_tables_of_a_swarm_are_whole_at_eighty_characters(
+    monkeypatch: pytest.MonkeyPatch, width: int, terminal: bool
+) -> None:
+    use = MemoryUse(404_000_000, 105_000_000, 16_000_000, 15_000, 500_000_000)
+    nodes = [node(f"12D3KooWsomething{n:08}", 4 * n, 4 * n + 4) for n in range(2)]
+    nodes = [replace(n, record=msgspec.structs.replace(n.record, cache_tokens=65536)) for n in nodes]
+    nodes = [replace(n, now=msgspec.structs.replace(n.now, memory=use, cache_tokens_left=65536)) for n in nodes]
+    for view in (status.table(nodes), status.memory_table(nodes)):
+        lines = printed(monkeypatch, view, width, terminal=terminal)
+        assert max(map(len, lines)) <= 80
+        text = "\n".join(lines)
+        assert "…" not in text.replace("…00000000", "").replace("…00000001", "")
+        rows = [line for line in lines if line.startswith("…0000000")]
+        assert len(rows) == 2
+    assert {"385 MiB", "100 MiB", "15.3 MiB", "14.6 KiB"} <= set(re.split(" {2,}", rows[0]))
+
+
+def test_elsewhere_than_on_a_terminal_each_row_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = tables.table("node", "why", broken=("why",))
+    view.add_row("a", "word " * 40 + "end")
+    assert len(printed(monkeypatch, view, 80, terminal=True)) > 3
+    assert len(printed(monkeypatch, view, 80, terminal=False)) == 3
 
 
 def test_an_answer_as_json() -> None:
@@ -124,7 +178,7 @@ def test_the_table_names_the_executor_and_a_line_below_it_the_reason() -> None:
     told = "torch: rope type longrope"
     one, other = node("a", 0, 4), node("b", 4, 8)
     other = replace(other, record=msgspec.structs.replace(other.record, executor=told))
-    assert "cpu float32 torch" in shown(status.table([one, other]))
+    assert "cpu torch" in shown(status.table([one, other]))
     assert "longrope" not in shown(status.table([one, other]))
     assert status.reasons([one, other]) == ["b computes with torch: rope type longrope"]
     assert status.as_dict(other)["executor"] == told
