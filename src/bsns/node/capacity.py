@@ -198,7 +198,7 @@ def choose_blocks(
 ) -> BlockRange:
     """The range asked for, or the one the swarm needs most among those that fit."""
     baseline_bytes = rss_bytes()
-    memory_bytes = usable_bytes(options) + baseline_bytes
+    memory_bytes = options.memory_bytes or usable_bytes(options) + baseline_bytes
     tokens = options.cache_tokens or least_cache_tokens(source)
     fit = fitting_blocks(memory_bytes, block_bytes, kv_bytes, tokens, baseline_bytes + row_bytes * tokens)
     asked = options.first_blocks if options.follows else options.blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -111,7 +112,7 @@ def _missing(records: Sequence[NodeRecord], silent: Mapping[PeerId, str]) -> Ite
         if gaps:
             text = (
                 f"nobody serves blocks {', '.join(map(str, gaps))} of {members[0].model_name}; start a node with: "
-                f"bsns serve MODEL --blocks {gaps[0]} --join INVITE"
+                f"bsns serve {shlex.quote(members[0].model_name)} --blocks {gaps[0]} --join INVITE"
             )
             yield Finding("missing blocks", text, grave=True)
 
