@@ -39,7 +39,8 @@ async def try_out(client: Client, *, tokens: int = 32) -> Trial:
     stats = Stats()
     async for _ in client.stream(PROMPT, SamplingOptions(max_tokens=tokens), raw=True, stats=stats, guess=False):
         pass
-    token_s = stats.decode_s / max(stats.tokens - 1, 1)
+    # an answer of one token, its end, has told no more than how long that took
+    token_s = stats.decode_s / (stats.tokens - 1) if stats.tokens > 1 else stats.ttft_ms / 1e3
     turns_s = [total_ms / 1e3 for total_ms, _ in stats.turns_ms[1:]]
     client_s = max(0.0, token_s - statistics.fmean(turns_s)) if turns_s else 0.0
     computing_s = [sum(hop.computing_ms for hop in hops) / 1e3 for _, hops in stats.turns_ms[1:]]
