@@ -34,7 +34,7 @@ def test_one_node_is_as_fast_as_itself() -> None:
 
 
 class Said:
-    """A client whose answer has so many tokens, of 12 ms each: 8 in turns, of those 6 computing, and 4 at the client."""
+    """A client whose answer has so many tokens of 12 ms: 8 in turns, of those 6 computing, and 4 at the client."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
