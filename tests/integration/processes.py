@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 
 import psutil
 import pytest
+from inherited_signals import heeded_signals
 
 from bsns.model.source import resolve
 from bsns.node import zygote
@@ -206,19 +207,6 @@ class Running:
     def kill(self) -> None:
         self.family.kill()
         self._process.communicate()
-
-
-@contextlib.contextmanager
-def heeded_signals() -> Iterator[None]:
-    """A child inherits what its parent ignores, and tests may run under nohup."""
-    ignored = [s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_IGN]
-    for signum in ignored:
-        signal.signal(signum, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for signum in ignored:
-            signal.signal(signum, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import time
 
 import httpx
 import pytest
+from inherited_signals import heeded_signals
 from processes import BSNS, Family, bsns, environment, running, says, tiny, until
 
 __all__ = ["tiny"]
@@ -108,7 +109,9 @@ def test_killed_itself(tiny: str) -> None:
 def test_its_parent_killed(tiny: str, moment: str) -> None:
     script = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     arguments = [sys.executable, "-c", script, *BSNS, "up", tiny, "--nodes", "1", "--json"]
-    parent = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with heeded_signals():
+        parent = subprocess.Popen(arguments, **pipes, text=True, env=environment())
     family = Family(parent.pid)
     try:
         assert parent.stdout is not None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from inherited_signals import heeded_signals
 from typer.testing import CliRunner
 
 from bsns.cli.main import app
@@ -96,7 +97,9 @@ def test_whoever_ends_it_waits_for_no_run_and_reads_of_none(tmp_path: Path, sign
     file = tmp_path / "long.toml"
     file.write_text(TINY.replace("duration_s = 2.0", "duration_s = 86400.0"))
     command = [sys.executable, "-m", "bsns.cli.main", "simulate", str(file), "--runs", "4", "--jobs", "2", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with heeded_signals():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    with process:
         try:
             give_up_s = time.monotonic() + 60.0
             workers: list[psutil.Process] = []
