@@ -49,7 +49,9 @@ def simulate(
         began = first.seed if seed is None else seed
         with doing("simulating", quiet=as_json) as say:
             loop = asyncio.get_running_loop()
-            pool = ProcessPoolExecutor(min(jobs, runs), get_context("spawn"))
+            pool = ProcessPoolExecutor(
+                min(jobs, runs), get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+            )
             try:
                 running = [loop.run_in_executor(pool, _one, text, began + n, plot is not None) for n in range(runs)]
                 for run_ in running:
@@ -85,10 +87,17 @@ def _taken_note_of(run_: asyncio.Future[Any]) -> None:
         run_.exception()
 
 
+def _begin(parent: int) -> None:
+    """In each process of the pool: it ends with whoever waits for it, killed or not, and by no other hand."""
+    from bsns.node.leash import die_with_parent
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches this one, too
+    die_with_parent(parent)
+
+
 def _one(text: str, seed: int, draw: bool) -> tuple[dict[str, Any], bytes]:
     """One run's figures, and its picture if that is wanted. In a process of its own, whose loops and logs are others:
     what simulated nodes complain of is no news."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches this one, too: whoever waits ends it
     from bsns.simulator.report import picture, report
     from bsns.simulator.scenario import parse_scenario
     from bsns.simulator.world import simulate
