@@ -175,6 +175,7 @@ def open_listener(
     public: bool = False,
     most_body: str = "4MiB",
     stalled_s: float = 30.0,
+    option: str = "--port",
 ) -> Listener:
     """What can be wrong with a gateway's options is told before a swarm is troubled. Raises BadOption, PortInUse."""
     for name in ("fastapi", "uvicorn", "sse_starlette", "llguidance"):
@@ -193,7 +194,7 @@ def open_listener(
         )
     ring = None if keys is None else KeyRing(keys)
     local_only = ring is None and is_loopback(host)
-    return Listener(host, port, Settings(ring, parse_size(most_body) or 0, local_only, stalled_s))
+    return Listener(host, port, Settings(ring, parse_size(most_body) or 0, local_only, stalled_s), option)
 
 
 async def serve_http(

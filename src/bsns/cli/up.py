@@ -34,7 +34,7 @@ from bsns.cli.console import (
     say_aside,
 )
 from bsns.cli.gateway import open_listener, serve_http
-from bsns.core.errors import BadOption, PortInUse
+from bsns.core.errors import BadOption
 from bsns.core.ids import short_names
 from bsns.core.words import several, size
 from bsns.node.processes import prepare
@@ -42,7 +42,6 @@ from bsns.node.processes import prepare
 if TYPE_CHECKING:
     from bsns.client.pieces import Stats
     from bsns.client.sampling import SamplingOptions
-    from bsns.gateway.server import Listener
     from bsns.model.source import ModelSource
     from bsns.node.client import Client
     from bsns.node.view import NodeStatus
@@ -117,7 +116,8 @@ def up(
         if prompt is not None:
             check_prompt(prompt)
         async with contextlib.AsyncExitStack() as stack:
-            listener = _own_listener(gateway_port) if gateway else None
+            port = 8080 if gateway_port is None else gateway_port
+            listener = open_listener("127.0.0.1", port, option="--gateway-port") if gateway else None
             with doing("loading libraries", quiet=as_json) as say:
                 prepare()
                 from bsns.client.sampling import SamplingOptions
@@ -196,14 +196,6 @@ def up(
                     raise await swarm.mend(told)
 
     run(verb(), as_json=as_json)
-
-
-def _own_listener(port: int | None) -> Listener:
-    """Where the gateway listens on this machine. Raises BadOption, PortInUse."""
-    try:
-        return open_listener("127.0.0.1", 8080 if port is None else port)
-    except PortInUse as error:  # it speaks of the option of `bsns gateway`
-        raise PortInUse(error.message.replace("--port", "--gateway-port")) from error
 
 
 @dataclass(frozen=True, slots=True)

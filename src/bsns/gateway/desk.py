@@ -72,7 +72,7 @@ class Desk:
             prompt = await asyncio.to_thread(prompt_of, body, self.engine.prompts)
             self._check_length(prompt.tokens, "messages")
             constraint = None
-            if body.tools or body.response_format:
+            if prompt.called or body.response_format:  # others do not wait for those whose schemas take long
                 loop = asyncio.get_running_loop()
                 compiled = loop.run_in_executor(self.grammars.compiling, constraint_of, body, self.grammars)
                 constraint = await unless_gone(request, compiled)

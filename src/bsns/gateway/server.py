@@ -65,8 +65,8 @@ class _Timely(H11Protocol):
 class Listener:
     """An address that is ours, and the gateway that answers there."""
 
-    def __init__(self, host: str, port: int, settings: Settings) -> None:
-        """Port 0 takes a free one. Raises PortInUse, BadOption."""
+    def __init__(self, host: str, port: int, settings: Settings, option: str) -> None:
+        """Port 0 takes a free one; `option` is how the user gave it. Raises PortInUse, BadOption."""
         try:
             family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         except OSError as error:
@@ -81,7 +81,8 @@ class Listener:
             self._socket.bind(address)
         except OSError as error:
             self._socket.close()
-            raise PortInUse(f"cannot listen on {host} port {port}: {error.strerror}; give another --port") from error
+            message = f"cannot listen on {host} port {port}: {error.strerror}; give another {option}"
+            raise PortInUse(message) from error
         self.settings = settings
         self.host, self.port = host, int(self._socket.getsockname()[1])
 

@@ -27,7 +27,7 @@ async def listener(
 ) -> AsyncIterator[Listener]:
     monkeypatch.setattr(server, "HEAD_S", 0.2)
     monkeypatch.setattr(gate, "BODY_S", 0.2)
-    listener = Listener("127.0.0.1", 0, Settings())
+    listener = Listener("127.0.0.1", 0, Settings(), "--port")
     listener.listen()
     serving = asyncio.create_task(listener.serve(create_app(engine, grammars, listener.settings), drain_s=1))
     yield listener
