@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 from typing import Any
 
 import httpx
@@ -273,6 +274,20 @@ async def test_a_call_whose_arguments_are_nested_without_end(http: httpx.AsyncCl
     said = await http.post("/v1/chat/completions", json=chat(messages=[called]))
     assert said.status_code == 400, said.text
     assert engine.asked == []
+
+
+async def test_only_those_with_schemas_wait_while_others_are_compiled(
+    http: httpx.AsyncClient, grammars: Grammars, with_tools: None
+) -> None:
+    compiled = threading.Event()
+    compiling = [grammars.compiling.submit(compiled.wait, 10) for _ in range(2)]
+    try:
+        async with asyncio.timeout(5):
+            for more in ({}, {"tools": [tool()]}, {"tools": [tool()], "tool_choice": "none"}):
+                assert (await http.post("/v1/chat/completions", json=chat(**more))).status_code == 200
+    finally:
+        compiled.set()
+    assert all(one.result() for one in compiling)
 
 
 async def test_a_schema_is_compiled_once_for_all_choices(

@@ -702,6 +702,30 @@ async def test_a_client_has_so_many_peers_dialled_at_once_and_holds_up_nobody_el
     await relay.close()
 
 
+async def test_a_peer_that_answers_when_nobody_waits_for_it_any_more_is_not_dialled_again() -> None:
+    network, may_go, dials = MemoryNetwork(), asyncio.Event(), list[PeerId]()
+    near, far = network.transport("near"), network.transport("far")
+    await far.listen(lambda _: asyncio.Event().wait())  # type: ignore[arg-type, return-value]
+
+    async def dial(peer: PeerId, addresses: Sequence[str]) -> Stream:
+        dials.append(peer)
+        await may_go.wait()
+        return await near.dial(peer, addresses)
+
+    relay = Relay(dial, lambda *_: None, lambda *_: None)
+    given_up = asyncio.create_task(relay.connect(far.peer, far.addresses, PeerId("gone")))
+    await until(lambda: bool(dials))
+    given_up.cancel()
+    await asyncio.gather(given_up, return_exceptions=True)
+    may_go.set()
+    await until(lambda: not relay._dialling)
+    await relay.connect(far.peer, far.addresses, PeerId("other"))
+    assert dials == [far.peer]
+    await relay.close()
+    for transport in (near, far):
+        await transport.close()
+
+
 async def test_of_the_neighbours_a_session_is_given_only_the_last_is_waited_for(bench: Bench) -> None:
     node, _ = await bench.node("n0"), await bench.node("n1", BlockRange(2, 4))
     caller, silent = await bench.call(node), Silent()
