@@ -608,7 +608,7 @@ class Worker:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            for session in self.sessions.expire(self._now_s()):
+            for session in self.sessions.expire(self._now_s(), self._reaching):  # who waits for those hears in the end
                 self._free(session)
             if not self._busy and self._now_s() - max(self._worked_s, self._measured_s) >= REST_S:
                 self._measure()

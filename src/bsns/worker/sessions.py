@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from bsns.core.blocks import BlockRange
@@ -368,9 +368,9 @@ class SessionTable:
         """The sessions whose previous stage is `peer`."""
         return [session for session in self._sessions.values() if session.previous == peer]
 
-    def expire(self, now_s: float) -> list[SessionId]:
-        """Forget the sessions that nobody has stepped for `idle_s`."""
-        stale = [session for session in self._sessions.values() if now_s - session.seen_s > self.idle_s]
+    def expire(self, now_s: float, busy: Container[SessionId] = ()) -> list[SessionId]:
+        """Forget the sessions that nobody has stepped for `idle_s`, but those that are busy."""
+        stale = [s for s in self._sessions.values() if now_s - s.seen_s > self.idle_s and s.id not in busy]
         for session in stale:
             self._drop(session)
         return [session.id for session in stale]

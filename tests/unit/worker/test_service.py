@@ -801,7 +801,7 @@ async def test_a_closed_sessions_late_result_is_not_delivered(bench: Bench) -> N
 
 
 async def test_idle_sessions_expire(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bsns.worker.service.SWEEP_S", 0.001)
+    monkeypatch.setattr("bsns.worker.service.SWEEP_S", 0.0)
     node = await bench.node("n", idle_s=0.0)
     caller = await bench.call(node)
     assert isinstance(await caller.ask(opening(node)), Opened)
@@ -912,7 +912,7 @@ async def test_a_session_has_one_replay_at_a_time_and_none_when_it_is_closed(ben
 
 async def test_a_node_at_rest_measures_itself_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody comes to a node that says it is slow, so that no step would ever show that it is not any more."""
-    monkeypatch.setattr("bsns.worker.service.SWEEP_S", 0.001)
+    monkeypatch.setattr("bsns.worker.service.SWEEP_S", 0.0)
     monkeypatch.setattr("bsns.worker.service.REST_S", 0.01)
     node = await bench.node("n")
     node.worker.block_time_s = 1.0
