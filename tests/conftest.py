@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from memory_swarm import MemorySwarm, StageShelf
 from tiny_models import FAMILIES, make_model
 
 torch.set_num_threads(1)
+settings.register_profile("unhurried", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,8 @@ class Place:
 
 
 @pytest_asyncio.fixture
-async def place() -> AsyncIterator[Place]:
+async def place(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    monkeypatch.setattr("bsns.transport.direct.CONNECT_S", 30.0)  # none of these is about it
     made = Place()
     await made.start()
     yield made

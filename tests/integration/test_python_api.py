@@ -127,16 +127,21 @@ async def test_errors_are_typed(tiny: str, swarm: tuple[Running, str]) -> None:
         await freed(client)
 
 
+def freed_in_time(client: bsns.SyncClient) -> None:
+    give_up_s = running_s() + 5
+    while any(node.now is None or node.now.sessions for node in client.status()):
+        assert running_s() < give_up_s
+
+
 def test_the_synchronous_face(tiny: str, swarm: tuple[Running, str]) -> None:
     with bsns.SyncClient(swarm[1], tiny) as client:
         whole = "".join(client.generate("Hi", max_tokens=8))
+        freed_in_time(client)
         texts = client.generate("Hi", max_tokens=30000)
         assert whole.startswith(next(texts))
         assert all(node.now is not None and node.now.sessions == 1 for node in client.status())
         texts.close()
-        give_up_s = running_s() + 5
-        while any(node.now is None or node.now.sessions for node in client.status()):
-            assert running_s() < give_up_s
+        freed_in_time(client)
         texts = client.generate("Hi", max_tokens=30000)
         next(texts)
     for late in (texts, client.generate("Hi"), bsns.SyncClient(swarm[1], tiny).generate("Hi")):

@@ -77,7 +77,7 @@ def same(one: float, other: float) -> bool:
     return one == other or math.isclose(one, other, rel_tol=1e-9)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
 @example(seed=249, objective=Objective.named("mixed"))  # rounding once kept it from ever ending
 def test_the_cut_of_an_order_equals_brute_force(seed: int, objective: Objective) -> None:
@@ -88,7 +88,7 @@ def test_the_cut_of_an_order_equals_brute_force(seed: int, objective: Objective)
     assert same(value(small, cut, objective), least(small, objective, subsequences(order)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
 @example(seed=10406, objective=Objective.named("mixed"))  # four blocks on two nodes, which once stood open for ever
 @example(seed=5007251, objective=Objective.named("throughput"))  # fewer blocks than nodes, once "proven" wrongly
@@ -103,7 +103,7 @@ def test_the_exact_solver_equals_brute_force(seed: int, objective: Objective) ->
         assert solved.proven
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
 def test_no_bound_is_above_the_least_and_no_rule_or_search_below(seed: int, objective: Objective) -> None:
     small = problem(seed)
@@ -129,7 +129,6 @@ def test_no_bound_is_above_the_least_and_no_rule_or_search_below(seed: int, obje
     assert value(small, found, objective) <= min((value(small, chain, objective) for chain in warm), default=math.inf)
 
 
-@settings(deadline=None)
 @given(nodes=st.integers(1, 9), data=st.data())
 def test_keys_decode_to_the_chain_they_were_made_of(nodes: int, data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(nodes)))[: data.draw(st.integers(1, nodes))]
@@ -137,7 +136,7 @@ def test_keys_decode_to_the_chain_they_were_made_of(nodes: int, data: st.DataObj
     assert path_of(keys_of(chain, nodes)).tolist() == list(order)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 2**32 - 1), objective=st.sampled_from(OBJECTIVES))
 def test_no_teams_break_the_bound_with_replicas(seed: int, objective: Objective) -> None:
     small = problem(seed)

@@ -102,7 +102,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(EVENTS, st.integers(1, 5), st.randoms(use_true_random=False), st.floats(0.0, 0.9))
 def test_never_two_act_and_somebody_soon_does(
     events: list[tuple[str, float]], nodes: int, rng: random.Random, slow_steps: float
@@ -136,7 +136,7 @@ def test_never_two_act_and_somebody_soon_does(
     assert len(world.acting()) == (1 if any(node.alive for node in world.nodes.values()) else 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 6), st.randoms(use_true_random=False), st.floats(0, LEASE_S))
 def test_a_killed_orchestrator_is_replaced_within_two_leases(nodes: int, rng: random.Random, after_s: float) -> None:
     world = World(rng, LEASE_S / 40)
@@ -152,7 +152,7 @@ def test_a_killed_orchestrator_is_replaced_within_two_leases(nodes: int, rng: ra
     assert world.nodes[world.acting()[0]].election.term == world.nodes[holder].election.term + 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 5), st.randoms(use_true_random=False), st.floats(1.0, 9.0))
 def test_over_a_slow_directory_all_agree_once_they_have_heard_each_other(
     nodes: int, rng: random.Random, slow_steps: float

@@ -83,19 +83,19 @@ def read_bounded(data: bytes) -> list[Message]:
     return messages
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=400))
 def test_random_bytes(data: bytes) -> None:
     read_bounded(data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=300), st.binary(max_size=64))
 def test_random_headers_in_an_honest_prefix(header: bytes, body: bytes) -> None:
     read_bounded(PREFIX.pack(len(header), len(body)) + header + body)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.sampled_from(VALID), st.data())
 def test_mutated_frames(frame: tuple[Message, list[bytes]], data: st.DataObject) -> None:
     raw = bytearray(b"".join(encode(*frame)))
@@ -105,7 +105,7 @@ def test_mutated_frames(frame: tuple[Message, list[bytes]], data: st.DataObject)
 
 
 @given(st.lists(st.sampled_from(VALID), max_size=6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_honest_frames_arrive_as_sent(frames: list[tuple[Message, list[bytes]]]) -> None:
     assert read_bounded(b"".join(b"".join(encode(*frame)) for frame in frames)) == [message for message, _ in frames]
 
@@ -122,7 +122,7 @@ _JSONISH = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(_JSONISH)
 def test_any_msgpack_as_header(value: object) -> None:
     header = msgspec.msgpack.encode(value)
@@ -134,7 +134,7 @@ def test_any_msgpack_as_header(value: object) -> None:
             split_body(decode_header(header), memoryview(b""))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(

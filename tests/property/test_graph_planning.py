@@ -50,7 +50,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(graphs(9), fleets(), st.integers(0, 10**6))
 def test_the_cut_is_that_of_the_plain_recurrence(graph: OperatorGraph, fleet: Fleet, seed: int) -> None:
     orders = kahn_orders(graph, np.random.default_rng(seed).random((3, graph.count)))
@@ -69,7 +69,7 @@ def test_the_cut_is_that_of_the_plain_recurrence(graph: OperatorGraph, fleet: Fl
             assert limited[0] == pytest.approx(cut_s)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(graphs(5), st.integers(1, 3), st.sampled_from([0.5, 1.0, 10.0]), st.sampled_from([math.inf, 0.0, 5.0]))
 def test_plans_and_bounds_enclose_the_optimum(
     graph: OperatorGraph, machines: int, bytes_per_s: float, memory: float

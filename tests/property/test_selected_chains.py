@@ -64,7 +64,7 @@ def every_chain(reach_NL: Ints, reached: int = 0, used: frozenset[int] = frozens
                 yield (Stage(node, reached, end), *tail)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_with_the_latency_weights_nothing_is_shorter(problem: ChainProblem) -> None:
     chains = [chain for chain in every_chain(fitting_reach(problem)) if problem.fits(chain)]
@@ -76,7 +76,7 @@ def test_with_the_latency_weights_nothing_is_shorter(problem: ChainProblem) -> N
     assert problem.cost(chosen)[1] == pytest.approx(min(problem.cost(chain)[1] for chain in chains), abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(swarms())
 def test_with_the_latency_weights_it_is_the_shortest_route(swarm: Swarm) -> None:
     nodes, round_trips, links = swarm
@@ -99,7 +99,7 @@ def test_with_the_latency_weights_it_is_the_shortest_route(swarm: Swarm) -> None
     assert spent_s(Wish(weights=FAST)) == pytest.approx(spent_s(Wish()), abs=1e-11)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     problems(),
     st.lists(st.floats(0, 3), min_size=4, max_size=4),
@@ -134,7 +134,7 @@ def test_with_the_whole_lookahead_nothing_is_better_by_the_users_weights(
     assert worth(chosen) == pytest.approx(min(map(worth, every_chain(reach_NL))), abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problems(), st.sampled_from(["latency", "throughput", "mixed"]), st.integers(0, 9))
 def test_looking_for_weights_never_beats_every_chain_nor_loses_to_the_default(
     problem: ChainProblem, name: str, seed: int

@@ -87,7 +87,7 @@ def by_pair(links: dict[str, float]) -> dict[Pair, float]:
     return {pair(PeerId(key[0]), PeerId(key[1])): time_s for key, time_s in links.items()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(swarms())
 def test_nothing_is_shorter(swarm: Swarm) -> None:
     _, round_trips, links = swarm
@@ -101,7 +101,7 @@ def test_nothing_is_shorter(swarm: Swarm) -> None:
         assert rank(found[0]) == min(map(rank, found[1]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(swarms())
 def test_nothing_is_wider(swarm: Swarm) -> None:
     _, round_trips, links = swarm

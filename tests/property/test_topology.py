@@ -35,7 +35,7 @@ def swarms(draw, most=8):
 
 
 @given(diagrams, diagrams, diagrams)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_distances_between_diagrams_are_metrics(one, other, third):
     for distance in (wasserstein, bottleneck):
         assert distance(one, one) == pytest.approx(0, abs=1e-9)
@@ -48,7 +48,7 @@ def test_distances_between_diagrams_are_metrics(one, other, third):
 
 
 @given(swarms(), st.randoms(use_true_random=False))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_signatures_do_not_depend_on_numbering(swarm, shuffler):
     order = list(range(len(swarm.nodes)))
     shuffler.shuffle(order)
@@ -67,7 +67,7 @@ def test_signatures_do_not_depend_on_numbering(swarm, shuffler):
 
 
 @given(swarms(), swarms(), swarms())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_signatures_lie_in_a_metric_space(first, second, last):
     one, other, third = (signature(swarm) for swarm in (first, second, last))
     assert signature_distance(one, other) == pytest.approx(signature_distance(other, one), rel=1e-9)
@@ -75,7 +75,7 @@ def test_signatures_lie_in_a_metric_space(first, second, last):
 
 
 @given(swarms())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_distances_are_symmetric_and_finite_and_points_live(swarm):
     seen = distances(swarm)
     assert (seen.matrix_MM == seen.matrix_MM.T).all()
@@ -88,7 +88,7 @@ def test_distances_are_symmetric_and_finite_and_points_live(swarm):
 
 
 @given(st.lists(st.lists(st.floats(), min_size=1, max_size=5), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_matrix_brings_it_down(rows):
     width = len(rows[0])
     matrix = np.array([(row * 5)[:width] for row in rows], dtype=float)

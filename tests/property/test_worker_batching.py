@@ -26,7 +26,7 @@ stages_at_once = st.lists(st.integers(1, 4), min_size=6, max_size=6)
 
 
 @given(events=events, stages_at_once=stages_at_once, tick_s=st.sampled_from([0.0, 0.01, 0.4]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_batches(events: list[tuple[str, int, int]], stages_at_once: list[int], tick_s: float) -> None:
     batcher = Batcher(max_rows=MAX_ROWS)
     sessions = [

@@ -20,3 +20,6 @@ with contextlib.suppress(ImportError):  # not to be had on Windows
 
     # it halves what the event loop adds to each hop (docs/decisions/0004-direct-streams.md)
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+
+parent = os.getppid()
+"""Whose process started this one, asked at once: it may be gone by the time a verb wants to know."""

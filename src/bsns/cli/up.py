@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shlex
 import signal
 import statistics
@@ -15,10 +14,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from bsns import cli
 from bsns.cli import local_swarm
 from bsns.cli import routing_options as routing
 from bsns.cli import sampling_options as sampling
 from bsns.cli.console import (
+    EXIT_INTERRUPTED,
     MOST_THREADS,
     DtypeOption,
     ExecutorOption,
@@ -37,6 +38,7 @@ from bsns.cli.gateway import open_listener, serve_http
 from bsns.core.errors import BadOption
 from bsns.core.ids import short_names
 from bsns.core.words import several, size
+from bsns.node.leash import ended_with_parent, watch_parent
 from bsns.node.processes import prepare
 
 if TYPE_CHECKING:
@@ -104,7 +106,6 @@ def up(
     Example:
       bsns up smollm2-135m --nodes 3 --prompt "What is the capital of France?"
     """
-    parent = os.getppid()
 
     async def verb() -> None:
         if chat and (as_json or prompt is not None):
@@ -118,18 +119,19 @@ def up(
         async with contextlib.AsyncExitStack() as stack:
             port = 8080 if gateway_port is None else gateway_port
             listener = open_listener("127.0.0.1", port, option="--gateway-port") if gateway else None
+            leashed = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
             with doing("loading libraries", quiet=as_json) as say:
-                prepare()
-                from bsns.client.sampling import SamplingOptions
-                from bsns.model.source import resolve
-                from bsns.node.client import Client
-                from bsns.node.leash import watch_parent
+                with ended_with_parent(cli.parent, EXIT_INTERRUPTED) if leashed else contextlib.nullcontext():
+                    prepare()
+                    from bsns.client.sampling import SamplingOptions
+                    from bsns.model.source import resolve
+                    from bsns.node.client import Client
 
                 options = SamplingOptions(
                     temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ()), max_tokens
                 )
-                if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-                    watching = asyncio.create_task(watch_parent(asyncio.current_task(), parent))
+                if leashed:
+                    watching = asyncio.create_task(watch_parent(asyncio.current_task(), cli.parent))
                     stack.callback(watching.cancel)
                 say("looking at the model")
                 source = await asyncio.to_thread(resolve, model, progress=say)

@@ -45,6 +45,8 @@ log = structlog.get_logger(__name__)
 
 MOST_UNDERWAY_S = 20.0
 """A question that has not arrived after so long is given up."""
+TURNS = 5
+"""Of the event loop, that an answer takes from its socket to whoever waits for it."""
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -197,6 +199,10 @@ class Link:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(deadline_s):
                         return await asyncio.shield(future)
+                for _ in range(TURNS):  # we may have stood still ourselves, and its answer be there
+                    if future.done():
+                        return future.result()
+                    await asyncio.sleep(0)
                 moves = before < end and self._stream.sent().taken > before
                 if not moves or self._clock.now_s() > give_up_s:
                     break

@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
+from anyio import CancelScope
+
 from bsns.client.pieces import Piece, Stats
 from bsns.client.sampling import Constraint, SamplingOptions
 from bsns.gateway.engine import Engine
@@ -71,9 +73,10 @@ class Answers:
         finally:
             for task in waiting:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-            for stream in streams:
-                await stream.aclose()
+            with CancelScope(shield=True):  # who serves a stream cancels at every await, once its reader has gone
+                await asyncio.gather(*waiting, return_exceptions=True)
+                for stream in streams:
+                    await stream.aclose()
 
     async def _one(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         metrics, usage, last_s = self.metrics, self.usage, time.monotonic()

@@ -8,10 +8,13 @@ another one, but has to look. Both are told whom they began with, since a parent
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -24,6 +27,26 @@ def die_with_parent(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def ended_with_parent(parent: int, status: int) -> Iterator[None]:
+    """Leave this process at once, with this status, when its parent is no longer `parent`: for while libraries load,
+    and hold up the event loop. There must be nothing yet that would have to be put in order."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_S):
+            if os.getppid() != parent:
+                os._exit(status)
+
+    looking = threading.Thread(target=look, name="leash", daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        looking.join()
 
 
 async def watch_parent(task: asyncio.Task[Any] | None, parent: int) -> None:

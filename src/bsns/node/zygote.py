@@ -307,6 +307,7 @@ def _become(
     os.environ.update(environment)
     setproctitle.setproctitle(" ".join(["bsns", *arguments]))
     sys.argv = ["bsns", *arguments]
+    importlib.import_module("bsns.cli").parent = parent  # type: ignore[attr-defined]
     importlib.import_module(COMMAND).main()
     os._exit(0)
 

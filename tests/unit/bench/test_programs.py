@@ -79,6 +79,7 @@ async def test_a_program_that_ends_or_does_not_come_up_is_an_error_with_its_last
             await started.until(_never, 5.0)
     script = program(tmp_path / "q", "echo loading\nsleep 100\n")
     async with running([str(script)], os.environ, tmp_path / "log") as started:
+        await started.until(partial(has_said, started), 5.0)
         with pytest.raises(BadOption, match=r"q was not ready within 0.3 s: loading"):
             await started.until(_never, 0.3)
         with pytest.raises(BadOption, match=r"q did not end within 0.1 s: loading"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -179,6 +180,20 @@ async def test_silence_is_a_typed_error(scene: Scene) -> None:
             await question
     node.answers[Ping] = lambda m: Pong(m.nonce)
     assert await link.ping() >= 0  # late or lost answers confuse nobody
+
+
+async def test_an_answer_that_is_there_counts_however_long_we_stood_still(scene: Scene) -> None:
+    """As after a collection of garbage, or a lid that was closed: the deadline has passed, but not for want of it."""
+    node = await scene.node("n")
+    link = await scene.link("n")
+    await link.ping()
+
+    def answer(ping: Ping) -> Pong:
+        time.sleep(0.1)  # with it everything in this process
+        return Pong(ping.nonce)
+
+    node.answers[Ping] = answer
+    assert await link.ping(0.05) >= 0.1
 
 
 async def test_a_lost_node_ends_every_wait_and_the_next_use_dials_anew(scene: Scene) -> None:

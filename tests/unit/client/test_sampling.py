@@ -59,7 +59,7 @@ choices = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     choices=choices,
     seed=st.integers(0, 1000),
@@ -95,7 +95,7 @@ def test_same_distribution_as_transformers(
 
 
 @given(seed=st.integers(), position=st.integers(0, 10**6), spread=st.sampled_from([0.0, 3.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_draws_inside_the_distribution_and_repeats(seed: int, position: int, spread: float) -> None:
     logits_V = torch.randn(500, generator=torch.Generator().manual_seed(1)) * spread
     logits_V[::3] = -math.inf

@@ -55,7 +55,7 @@ def blocks(codec: Codec, values: NDArray[np.float32]) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("codec", LOSSY, ids=lambda codec: codec.name)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=finite_rows)
 @example(values=WIDE)
 @example(values=np.full((1, 70), 3.4e38, np.float32))
@@ -78,7 +78,7 @@ def test_every_number_comes_back_within_the_bound(codec: Codec, dtype: str, valu
 @pytest.mark.skipif(isinstance(native_library(), str), reason=f"no kernels: {native_library()}")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("codec", ["int8", "int8-dyn", "int8-rot", "int4"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=finite_rows)
 @example(values=WIDE)
 @example(values=np.full((1, 4097), 3.4e38, np.float32))
@@ -140,7 +140,7 @@ def test_scales_that_no_encoder_writes_are_told(codec: Codec, native: bool, monk
         assert told.value.row == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), columns=st.integers(1, 150), codec=st.sampled_from([codec for codec in LOSSY if codec.block]))
 def test_any_bytes_are_taken_or_refused(data: st.DataObject, columns: int, codec: Codec) -> None:
     coded = data.draw(st.binary(min_size=(size := codec.row_bytes(columns, "bfloat16")), max_size=size))

@@ -446,11 +446,18 @@ async def test_our_own_failures_tell_no_secrets(
     assert "secret" not in json.dumps(last)
 
 
-async def test_a_client_that_goes_frees_its_answer(engine: ScriptedEngine, grammars: Grammars) -> None:
-    engine.stands.clear()
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stands", [False, True])
+async def test_a_client_that_goes_frees_its_answer(
+    engine: ScriptedEngine, grammars: Grammars, stream: bool, stands: bool
+) -> None:
+    """At any moment: at whatever turn of the event loop, while its tokens come or while it waits for them."""
+    engine.says = "Hello there, world. " * 8
+    if stands:
+        engine.stands.clear()
     app = client_of(engine, grammars)._transport.app  # type: ignore[attr-defined]
-    for stream in (False, True):
-        body = json.dumps(chat(stream=stream)).encode()
+    for turns in range(40):
+        body = json.dumps(chat(stream=stream, n=2)).encode()
         gone = asyncio.Event()
         sent: list[Any] = []
         parts = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -473,10 +480,12 @@ async def test_a_client_that_goes_frees_its_answer(engine: ScriptedEngine, gramm
         }
         serving = asyncio.create_task(app(scope, receive, send))
         async with asyncio.timeout(5):
-            await until(lambda stream=stream, sent=sent: engine.open and (not stream or len(sent) > 1))
+            await until(lambda sent=sent: engine.open and (not stream or len(sent) > 1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
             gone.set()
             await serving
-        assert engine.open == 0
+        assert engine.open == 0, turns
 
 
 async def test_a_client_that_stops_reading_is_given_up(engine: ScriptedEngine, grammars: Grammars) -> None:

@@ -39,7 +39,6 @@ def test_it_answers_as_described(prompts: Prompts, grammars: Grammars, mode: Gen
         @given(case=operation.as_strategy(generation_mode=mode))
         @settings(
             max_examples=40 if operation.method == "post" else 5,
-            deadline=None,
             derandomize=True,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

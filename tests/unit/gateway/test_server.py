@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -37,9 +38,10 @@ async def listener(
 
 
 async def said(listener: Listener, what: bytes = b"") -> Connection:
-    reader, writer = await asyncio.open_connection(listener.host, listener.port)
-    writer.write(what)
-    return reader, writer
+    """A connection on which this is there before the server takes it, however long either may be held up."""
+    connection = socket.create_connection((listener.host, listener.port))
+    connection.sendall(what)
+    return await asyncio.open_connection(sock=connection)
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:

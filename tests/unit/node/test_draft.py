@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,9 @@ def test_guesses_are_what_the_model_says(draft: Draft, prompts: Prompts) -> None
     assert len(drafter.guess([*other, *then], 2)) <= 2
 
 
-def test_it_goes_on_from_what_is_being_checked(draft: Draft, prompts: Prompts) -> None:
+def test_it_goes_on_from_what_is_being_checked(draft: Draft, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = itertools.count()
+    monkeypatch.setattr("bsns.node.draft.time", SimpleNamespace(perf_counter=lambda: next(milliseconds) / 1000))
     text = prompts.encode("The three longest rivers of the world are")
     drafter = ready(draft)
     for _ in range(3):

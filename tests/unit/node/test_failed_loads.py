@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from memory_swarm import MemorySwarm, StageShelf, answer
+from memory_swarm import MemorySwarm, StageShelf, answer, until
 from structlog.testing import capture_logs
 from test_moving import BLOCKS, COVER, ME, MOVED, NEW, OLD, OTHERS, Idler, Scene, plan, record, room
 
@@ -206,11 +206,17 @@ async def test_trouble_is_told_once_however_often_it_comes(trouble: Trouble) -> 
     trouble.deaf = True
     with capture_logs() as said:
         task = asyncio.create_task(trouble.mover.run())
-        for _ in range(20):
+
+        def told() -> list[str]:
             trouble.mover.obey(MOVED, (COVER,), math.inf)
+            return [entry["reason"] for entry in said if entry["log_level"] == "warning"]
+
+        await until(lambda: bool(told()))
+        for _ in range(20):
+            assert told() == ["nobody took our record"]
             await asyncio.sleep(0.005)
         task.cancel()
-    assert [entry["reason"] for entry in said if entry["log_level"] == "warning"] == ["nobody took our record"]
+    assert told() == ["nobody took our record"]
 
 
 async def test_a_truncated_file_is_waited_for_while_answers_go_on(

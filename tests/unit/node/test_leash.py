@@ -70,3 +70,19 @@ async def test_nothing_happens_while_the_parent_lives() -> None:
     await task
     assert not watching.done()
     watching.cancel()
+
+
+HELD_UP = """
+import sys, time
+from bsns.node.leash import ended_with_parent
+with ended_with_parent(int(sys.argv[1]), 7):
+    time.sleep(float(sys.argv[2]))  # no event loop gets to look
+print("on")
+"""
+
+
+def test_while_the_loop_is_held_up_a_thread_looks() -> None:
+    gone = subprocess.run([sys.executable, "-c", HELD_UP, "1", "60"], capture_output=True, text=True, timeout=30)
+    assert (gone.returncode, gone.stdout) == (7, "")
+    here = [sys.executable, "-c", HELD_UP, str(os.getpid()), "0.6"]
+    assert subprocess.run(here, capture_output=True, text=True, timeout=30).stdout == "on\n"

@@ -56,7 +56,7 @@ class Scene:
         )
 
     def now_s(self) -> float:
-        return time.perf_counter() + self.ahead_s
+        return time.thread_time() + self.ahead_s
 
     def unix_s(self) -> float:
         return time.time() + self.ahead_s
@@ -206,7 +206,8 @@ class Dripping:
         self._pings_s = pings_s
 
     async def ping(self, deadline_s: float) -> float:
-        await asyncio.sleep(self._pings_s)
+        if self._pings_s:
+            await asyncio.sleep(self._pings_s)
         return 0.01
 
     async def probe(self, body: memoryview, deadline_s: float) -> float:

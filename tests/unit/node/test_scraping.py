@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -25,6 +28,20 @@ class Figures:
     def __call__(self) -> list[Metric]:
         self.reads += 1
         return [CounterMetricFamily("bsns_node_moves", "Moves", value=self.reads)]
+
+
+class Alarm:
+    """A threading.Timer that the test lets go off."""
+
+    def __init__(self, started: list[Callable[[], None]], after_s: float, what: Callable[..., None], with_: Any):
+        assert after_s == scraping.REQUEST_S
+        self._started, self._what = started, partial(what, *with_)
+
+    def start(self) -> None:
+        self._started.append(self._what)
+
+    def cancel(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -57,13 +74,19 @@ async def _get(url: str, **headers: str) -> httpx.Response:
         return await http.get(url, headers=headers)
 
 
-async def test_it_says_what_the_loop_knows_at_most_once_a_second(open_: Scraping, figures: Figures) -> None:
+async def test_it_says_what_the_loop_knows_at_most_once_a_second(
+    open_: Scraping, figures: Figures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scraping.FRESH_S == 1.0
+    monkeypatch.setattr(scraping, "FRESH_S", 3600.0)  # a second may pass between the two
     first, second = await _get(open_.url), await _get(open_.url)
     assert first.status_code == 200
     assert first.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "bsns_node_moves_total 1.0" in first.text
     assert "process_resident_memory_bytes" in first.text
     assert (second.text, figures.reads) == (first.text, 1)
+    monkeypatch.setattr(scraping, "FRESH_S", 0.0)
+    assert "bsns_node_moves_total 2.0" in (await _get(open_.url)).text
 
 
 async def test_what_it_does_not_answer(open_: Scraping) -> None:
@@ -77,14 +100,17 @@ async def test_readers_that_send_nothing_or_read_nothing_are_hung_up_on(
     open_: Scraping, connections: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take every place, a drop at a time, and the event loop does not notice."""
-    monkeypatch.setattr(scraping, "REQUEST_S", 2.0)
+    hang_ups: list[Callable[[], None]] = []
+    monkeypatch.setattr(scraping, "threading", SimpleNamespace(Timer=partial(Alarm, hang_ups)))
     for _ in range(PLACES):
         connection = socket.create_connection(("127.0.0.1", _port(open_)))
         connection.sendall(b"GET /met")
         connections.append(connection)
-    await until(lambda: open_._server._places._value == 0)
+    await until(lambda: open_._server._places._value == 0 and len(hang_ups) == PLACES)
     with pytest.raises(httpx.HTTPError):
         await _get(open_.url)
+    for hang_up in hang_ups:
+        hang_up()
 
     def drip() -> bool:
         for connection in connections:
@@ -99,8 +125,9 @@ async def test_readers_that_send_nothing_or_read_nothing_are_hung_up_on(
 
 
 async def test_a_loop_that_is_busy_is_not_waited_for_for_ever(open_: Scraping, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scraping, "LOOP_S", 0.1)
-    with ThreadPoolExecutor(1) as threads:  # and this waits for it on the loop's own thread
+    with monkeypatch.context() as patched, ThreadPoolExecutor(1) as threads:
+        patched.setattr(scraping, "LOOP_S", 0.1)
+        # and this waits for it on the loop's own thread
         assert threads.submit(httpx.get, open_.url, trust_env=False).result(10).status_code == 503
     assert (await _get(open_.url)).status_code == 200
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +56,20 @@ def test_a_quick_stage_is_timed_over_all_its_blocks(dtype: str) -> None:
     assert {batch.rows for batch in executor.batches} == {1, CHUNK_ROWS}
 
 
+@pytest.mark.parametrize("run", range(2, 30))
+def test_one_run_that_was_held_up_is_no_figure(run: int) -> None:
+    executor, times = Clocked(10, 0.001, 0.00002), itertools.count()
+
+    def clock() -> float:
+        if next(times) == 2 * run + 1:  # a clock is read before a run and after it
+            executor.now_s += 0.5
+        return executor.now_s
+
+    found = calibrate(executor, clock=clock)
+    assert found.block_time_s == pytest.approx(0.001)
+    assert found.prefill_time_s == pytest.approx((0.001 + 127 * 0.00002) / 128)
+
+
 @pytest.mark.parametrize(("blocks", "block_s", "row_s"), [(40, 0.05, 0.002), (1, 0.5, 0.125), (80, 0.5, 0.125)])
 def test_a_slow_stage_is_timed_on_fewer_blocks_and_rows(blocks: int, block_s: float, row_s: float) -> None:
     executor = Clocked(blocks, block_s, row_s)
@@ -75,7 +91,7 @@ def test_a_throttled_stage_is_as_slow_as_asked() -> None:
 
 def test_real_layers(tiny_model: Callable[[str], Path]) -> None:
     executor = TorchExecutor(Stage(tiny_model("llama"), BlockRange(0, 2), dtype="float32"), dtype="float32")
-    found = calibrate(executor)
+    found = calibrate(executor, clock=time.thread_time)
     assert 0 < found.prefill_time_s < found.block_time_s < 1
 
 

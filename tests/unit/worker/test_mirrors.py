@@ -55,6 +55,7 @@ async def test_a_spare_gets_what_the_next_stage_has_got_and_gets(line: Line) -> 
     await line.callers["second"].result()
     await line.computed(4)
     await line.callers["first"].step(2, 1, wanted=1)  # what is computed anew is mirrored anew
+    await line.callers["second"].result()
     await line.computed(5)
     assert await line.callers["spare"].far(SESSION) == (3, 3)
     assert await line.mirror(None) == Mirrored(SESSION, None)

@@ -216,4 +216,4 @@ class Parking(RuleBasedStateMachine):
 
 
 TestParking = Parking.TestCase
-TestParking.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestParking.settings = settings(max_examples=40, stateful_step_count=30)

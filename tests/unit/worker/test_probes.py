@@ -28,6 +28,7 @@ def many(count: int, size: int) -> bytes:
 
 async def scene(swarm: MemorySwarm, *names: str) -> list[Caller]:
     node = await swarm.add_node("node", Adder(HELD), block_count=8, context_tokens=64)
+    node.worker._now_s = lambda: 0.0  # allowances grow with time
     callers = [Caller(await swarm.network.transport(name).dial(PeerId("node"))) for name in names]
     assert isinstance(await callers[0].ask(opening(node)), Opened)
     return callers

@@ -295,5 +295,5 @@ class TableMachine(RuleBasedStateMachine):
             assert [there.client, there.max_tokens, there.end, there.seen_s] == held
 
 
-TableMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TableMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestTable = TableMachine.TestCase
