@@ -291,6 +291,8 @@ class Generator:
             self._spawn(self._free(reader))
 
     async def _keep(self, reader: Reader, tenant: str) -> None:
+        if reader.looking is not None:  # what was late has come
+            reader.looking.cancel()
         self._release(reader.session.route)
         await self._spares.end(reader)
         await self._parking.keep(reader.session, tuple(reader.tokens[: reader.through]), tenant)

@@ -45,6 +45,8 @@ log = structlog.get_logger(__name__)
 
 MOST_UNDERWAY_S = 20.0
 """A question that has not arrived after so long is given up."""
+STANDSTILL_S = 0.1
+"""A deadline that passes so late has not passed for want of an answer: it is given once more."""
 TURNS = 5
 """Of the event loop, that an answer takes from its socket to whoever waits for it."""
 
@@ -194,8 +196,10 @@ class Link:
             self._stream.post(message, buffers)
             end = self._stream.sent().given if ahead.taken < ahead.given else 0
             give_up_s = self._clock.now_s() + MOST_UNDERWAY_S
+            loop = asyncio.get_running_loop()
             while True:
                 before = self._stream.sent().taken
+                due_s = loop.time() + deadline_s
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(deadline_s):
                         return await asyncio.shield(future)
@@ -204,7 +208,8 @@ class Link:
                         return future.result()
                     await asyncio.sleep(0)
                 moves = before < end and self._stream.sent().taken > before
-                if not moves or self._clock.now_s() > give_up_s:
+                stood_still = loop.time() - due_s > STANDSTILL_S  # this process, if not the whole machine
+                if not (moves or stood_still) or self._clock.now_s() > give_up_s:
                     break
         finally:
             future.cancel()  # what comes later is for nobody

@@ -98,7 +98,7 @@ class Reader:
     @property
     def rests(self) -> bool:
         """Whether nothing is under way, and nothing is amiss."""
-        return not (self.due or self.lost or self.mending or self.looking or self.feeding.locked())
+        return not (self.due or self.lost or self.mending or self.feeding.locked())
 
     @property
     def due(self) -> Awaited | None:

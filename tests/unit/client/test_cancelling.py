@@ -200,9 +200,9 @@ async def test_while_a_stage_is_replaced(scene: Scene, lost: str, after_s: float
 async def test_while_a_frozen_stage_is_looked_for_and_given_up(
     scene: Scene, frozen: str, way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await scene.start()
     monkeypatch.setattr("bsns.client.watch.PATIENCE_S", 0.05)
     monkeypatch.setattr("bsns.client.watch.PING_S", 0.1)
-    await scene.start()
     (reader,) = scene.client._readers.values()
     scene.freeze(frozen)
     await until(lambda: bool(reader.lost) or scene.client.repairs > 0)

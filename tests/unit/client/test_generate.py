@@ -447,13 +447,14 @@ async def test_a_stage_that_only_says_it_is_coming_is_replaced_or_ends_at_the_de
                     await asyncio.sleep(0.05)
 
     await liar.listen(lull)
-    client = scene.swarm.client(scene.ends, deadline_s=0.2)
-    client._opener._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
+    client, hasty = scene.swarm.client(scene.ends), scene.swarm.client(scene.ends, deadline_s=0.2)
+    for each in (client, hasty):
+        each._opener._find_route = lambda *_: _route(Hop(PeerId("liar"), BlockRange(0, 5), ()))
     said = await asyncio.wait_for(answer(client, prompt(6), SamplingOptions(max_tokens=3)), 3)
     assert len(said) == 3  # by others
     scene.swarm.network.kill(PeerId("node-1"))
     with pytest.raises((PeerError, SwarmError)):
-        await asyncio.wait_for(answer(client, prompt(6), SamplingOptions()), 3)
+        await asyncio.wait_for(answer(hasty, prompt(6), SamplingOptions()), 3)
 
 
 async def _route(*hops: Hop) -> Route:
@@ -490,11 +491,11 @@ async def test_a_node_that_another_cannot_reach_at_all_is_an_error_within_second
 async def test_a_node_that_is_silent_for_a_moment_and_the_only_one_is_asked_again(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "OPEN_S", 0.1)
-    monkeypatch.setattr(module, "AGAIN_S", 0.05)
     await scene.start()
     client = scene.swarm.client(scene.ends)
     usual = await answer(client, prompt(8), SamplingOptions(max_tokens=4))
+    monkeypatch.setattr(module, "OPEN_S", 0.1)
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
     peer = next(iter(scene.swarm.nodes.values())).hop.peer
     scene.swarm.network.freeze(peer)
     asked = asyncio.create_task(answer(client, prompt(8), SamplingOptions(max_tokens=4)))
@@ -508,11 +509,11 @@ async def test_a_node_that_is_silent_for_a_moment_and_the_only_one_is_asked_agai
 async def test_the_only_node_frozen_for_good_is_an_error_within_seconds(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seconds in (("OPEN_S", 0.1), ("AGAIN_S", 0.05), ("UNREACHED_S", 0.3)):
-        monkeypatch.setattr(module, name, seconds)
     await scene.start()
     client = scene.swarm.client(scene.ends)
     await answer(client, prompt(8), SamplingOptions(max_tokens=4))
+    for name, seconds in (("OPEN_S", 0.1), ("AGAIN_S", 0.05), ("UNREACHED_S", 0.3)):
+        monkeypatch.setattr(module, name, seconds)
     peer = next(iter(scene.swarm.nodes.values())).hop.peer
     scene.swarm.network.freeze(peer)
     with pytest.raises(PeerTimedOut):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from bsns.client.pieces import Stats
 from bsns.client.sampling import SamplingOptions
 from bsns.client.speculation import Lookup
 from bsns.core.ids import PeerId
+from bsns.worker.batching import Batch
 from bsns.worker.torch_executor import TorchExecutor
 
 CUTS = (0, 2, 3, 5)
@@ -98,6 +101,32 @@ async def test_a_prompt_that_parts_earlier_keeps_what_is_common(scene: Scene) ->
     tokens, stats = await said(client, other)
     assert stats.cached_tokens == common_prefix(other, FIRST)
     assert tokens == await answer(scene.client(0), other, GREEDY)
+
+
+@pytest.mark.parametrize("slow_batch", [1, 2, 20])
+async def test_an_answer_of_which_a_step_was_late_is_kept(
+    scene: Scene, slow_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So late that its client looked whether all stages are there."""
+    await scene.start()
+    client, worker = scene.client(), scene.swarm.nodes["a1"].worker
+    await said(client, prompt(40)[::-1])
+    await scene.parked(1)
+    (executor,) = worker._executors.values()
+    run, numbers = executor.run, itertools.count(1)
+
+    def slowly(batch: Batch) -> list[memoryview]:
+        if next(numbers) == slow_batch:
+            time.sleep(0.7)  # a compute thread that is slow, not a test that waits
+        return run(batch)
+
+    monkeypatch.setattr(executor, "run", slowly)
+    monkeypatch.setattr(worker, "_short_s", 0.0)  # on its thread: the client is not held up
+    await said(client, FIRST)
+    assert next(numbers) > slow_batch
+    await scene.parked(2)
+    _, stats = await said(client, FIRST)
+    assert stats.cached_tokens == len(FIRST) - 1
 
 
 async def test_tenants_share_nothing(scene: Scene) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -84,6 +85,13 @@ class Scene:
                     block_time_s=1e-3 if kind == "a" else 1.0,
                 )
 
+    def computes_at_once(self) -> None:
+        """Nothing goes to a thread, however slow the machine just was: what is under way together is certain then."""
+        for node in self.swarm.nodes.values():
+            node.worker._short_s = math.inf
+        for client, _ in self.swarm.clients:
+            client._decoder._short_s = math.inf
+
     async def undisturbed(self, options: SamplingOptions) -> list[int]:
         return await answer(self.client(), PROMPT, options)
 
@@ -153,6 +161,7 @@ async def test_the_next_steps_go_on_before_the_last_is_back(
     expected = await scene.undisturbed(options)
     oracle, stats = Oracle([*PROMPT, *expected], wrong, most=4, further=True), Stats()
     client = scene.client(oracle)
+    scene.computes_at_once()
     under_way: list[int] = []
     tokens: list[int | None] = []
     async for piece in client.stream(PROMPT, options, stats):
@@ -176,6 +185,7 @@ async def test_an_answer_that_ends_amid_steps_is_kept_when_they_have_passed(scen
     end = expected[upto - 1]
     oracle = Oracle([*PROMPT, *expected], most=3, further=True)
     client = scene.client(oracle, end_tokens={end}, keep_sessions=4)
+    scene.computes_at_once()
     assert await answer(client, PROMPT, GREEDY) == expected[:upto]
     assert client._parking._trailing, "its last guesses are on their way"
     await until(lambda: len(client._parking._kept) == 1)
