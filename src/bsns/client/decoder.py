@@ -213,7 +213,7 @@ class Decoder:
         self._arrived: list[Arrived] = []
         self._may_go_on: dict[SessionId, Answer] = {}
         """Those with something under way, whose guesser has not been asked what comes after that."""
-        self._turning = False
+        self._turning = self._closed = False
         self._now_s = clock.now_s
         self._short_s = self._turn_s = short_s
         """How long a turn took lately."""
@@ -240,12 +240,12 @@ class Decoder:
         self._may_go_on.pop(session, None)
 
     async def close(self) -> None:
-        self._turning = True  # no turn starts any more
+        self._closed = True  # no turn starts any more
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
     def _turn(self) -> None:
         """Take the next turn, if none goes on and something has arrived, or else an answer may guess further ahead."""
-        if self._turning or not (self._arrived or self._may_go_on):
+        if self._turning or self._closed or not (self._arrived or self._may_go_on):
             return
         arrived, self._arrived = self._arrived, []
         if arrived:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from bsns.client.finding import Blame, ChooseCodec, FindRoute, Release
 from bsns.client.links import Links
@@ -76,30 +77,38 @@ class Opener:
                 raise
             except CacheFull as error:
                 refusal = error
+        refused: list[Session] = []
         try:
             async with asyncio.timeout(max(0.0, min(ROOM_S, give_up_s - self._clock.now_s()))), self._waiting:
                 look_s = FIRST_LOOK_S
                 while True:
+                    before, refused = refused, []
                     try:
-                        return await self._open_somewhere(max_tokens, give_up_s, trace, in_line=True)
+                        return await self._open_somewhere(max_tokens, give_up_s, trace, refused)
                     except CacheTooSmall:
                         raise
                     except CacheFull as error:
                         refusal = error
+                    finally:  # a place where it was not asked for again would keep room from those behind it
+                        _leave_line(before)
                     await asyncio.sleep(look_s)
                     look_s = min(2 * look_s, MOST_LOOK_S)
         except TimeoutError:
             why = refusal.message if refusal is not None else "others wait for room before this answer"
             raise CacheFull(f"the swarm is full: {why}; ask again later, or add a node") from None
+        finally:
+            _leave_line(refused)
 
     async def _open_somewhere(
-        self, max_tokens: int, give_up_s: float, trace: str = "", *, in_line: bool = False
+        self, max_tokens: int, give_up_s: float, trace: str = "", refused: list[Session] | None = None
     ) -> Session:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
         after `give_up_s`. Where somebody was silent and nobody else is left, all are tried again for a while.
 
-        `in_line`: stages that announced that they are full are asked too, for that may be over.
+        `refused` is for one who stands in line: it gets the sessions for which there was no room. Stages that announced
+        that they are full are asked too, for that may be over.
         """
+        in_line = refused is not None
         began_s = self._clock.now_s()
         avoid: set[PeerId] = set()
         refusal: BsnsError | None = None
@@ -131,6 +140,8 @@ class Opener:
                 await session.open(min(OPEN_S, left_s), in_line=in_line)
             except BsnsError as error:  # of whatever kind: it is what a peer of this route said, or how it failed
                 self._release(route)
+                if refused is not None:
+                    refused.append(session)
                 refusal = error
                 if error.peer is not None:
                     self._blame(error.peer, error)
@@ -140,6 +151,13 @@ class Opener:
                 avoid |= blamed
             except BaseException:
                 self._release(route)
+                if refused is not None:
+                    refused.append(session)
                 raise
             else:
                 return session
+
+
+def _leave_line(sessions: Sequence[Session]) -> None:
+    for session in sessions:
+        session.leave_line()

@@ -12,7 +12,7 @@ import structlog
 
 from bsns.client.finding import ChooseCodec
 from bsns.client.links import Link, Links
-from bsns.core.errors import BsnsError, PeerTimedOut
+from bsns.core.errors import BsnsError, CacheFull, PeerTimedOut
 from bsns.core.ids import ModelId, PeerId, SessionId
 from bsns.protocol.codecs import RAW
 from bsns.protocol.inference import Close, Open, Reroute, Resize
@@ -53,6 +53,8 @@ class Session:
         self._taking: Route = ()
         """A route that is being turned to: its last stage may answer before the others say that they are ready."""
         self._open: list[Link] = []
+        self._in_line: list[Link] = []
+        """To stages at which this session may have a place in line."""
 
     @property
     def first(self) -> Link:
@@ -101,8 +103,13 @@ class Session:
                 opened += await self._open_all(self.route, stages, deadline_s, lambda _: 0, waits=in_line)
         except BaseException:
             self.take_back(opened)
+            self._in_line += opened  # there it comes where it was, if it had waited
             raise
         self._open = opened
+
+    def leave_line(self) -> None:
+        """Stand in line nowhere any more, unless for another session since."""
+        self.take_back(self._in_line)
 
     async def open_spare(self, start: int, end: int, hop: Hop, deadline_s: float) -> Link:
         """Open the session on a spare for the stages [start, end), which computes along and passes nothing on. Raises
@@ -227,7 +234,12 @@ class Session:
             async with asyncio.timeout(deadline_s):
                 link = await self._links.to(hop.peer, hop.addresses)
                 asked.append(link)
-                await link.open(request, deadline_s)
+                try:
+                    await link.open(request, deadline_s)
+                except CacheFull:
+                    asked.remove(link)  # nothing is open there, and it keeps our place in line
+                    self._in_line.append(link)
+                    raise
                 return link
         except TimeoutError:
             raise PeerTimedOut(f"node {hop.peer} was not reached within {deadline_s:g} s").about(hop.peer) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, SessionId
 
 WAITS_S = 2.0
 """Whoever has not asked again for so long waits no more."""
@@ -21,6 +21,8 @@ class _Waiting:
     since_s: float
     tokens: int
     asked_s: float
+    session: SessionId
+    """The one for which it asked last."""
 
 
 class Line:
@@ -41,16 +43,24 @@ class Line:
         ahead = [held for held in self._waiting.values() if own is None or held.since_s < own.since_s]
         return len(ahead), sum(held.tokens for held in ahead)
 
-    def join(self, client: PeerId, tokens: int, now_s: float, since_s: float | None = None) -> None:
+    def join(self, client: PeerId, session: SessionId, tokens: int, now_s: float, since_s: float | None = None) -> None:
         """A client was refused, or (`since_s`) gives back unused what it had waited for since then. If it waits
         already, it keeps its place, or the better of the two."""
-        since_s = now_s if since_s is None else since_s
         known = self._waiting.get(client)
         if known is not None:
-            known.since_s = min(known.since_s, since_s)
             known.tokens, known.asked_s = tokens, max(known.asked_s, now_s)
+            if since_s is None:
+                known.session = session
+            else:
+                known.since_s = min(known.since_s, since_s)
         elif len(self._waiting) < MOST_WAITING:
-            self._waiting[client] = _Waiting(since_s, tokens, now_s)
+            self._waiting[client] = _Waiting(now_s if since_s is None else since_s, tokens, now_s, session)
+
+    def give_up(self, client: PeerId, session: SessionId) -> None:
+        """A client wants no room for this session any more; where it has asked for another since, it waits on."""
+        held = self._waiting.get(client)
+        if held is not None and held.session == session:
+            del self._waiting[client]
 
     def leave(self, client: PeerId) -> float | None:
         """A client got room, or is gone; since when it has waited, if it has."""

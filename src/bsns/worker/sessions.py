@@ -280,7 +280,7 @@ class SessionTable:
         if message.max_tokens + tokens <= self.cache_tokens_left and len(self) + clients < self.max_sessions:
             return self._line.leave(client)
         if message.waits:
-            self._line.join(client, message.max_tokens, now_s)
+            self._line.join(client, message.session, message.max_tokens, now_s)
         others = f" and {clients} that wait" if clients else ""
         raise CacheFull(f"{asked} beside {len(self)} sessions{others}; ask for fewer or wait for one to end")
 
@@ -343,13 +343,14 @@ class SessionTable:
         return held
 
     def close(self, session: SessionId, client: PeerId) -> bool:
-        """Forget a session at its client's wish; False if there was none."""
+        """Forget a session at its client's wish, or its place in line; False if there was no session."""
         held = self._sessions.get(session)
         if held is None or held.client != client:
+            self._line.give_up(client, session)
             return False
         self._drop(held)
         if held.waited_since_s is not None and held.end == 0:
-            self._line.join(client, held.max_tokens, held.seen_s, held.waited_since_s)
+            self._line.join(client, session, held.max_tokens, held.seen_s, held.waited_since_s)
         return True
 
     def close_all_of(self, client: PeerId) -> list[SessionId]:

@@ -124,3 +124,30 @@ async def test_close_ends_the_thread(desk: Desk) -> None:
     assert any(thread.name.startswith("decoder") for thread in threading.enumerate())
     await desk.decoder.close()
     assert not any(thread.name.startswith("decoder") for thread in threading.enumerate())
+
+
+async def test_nothing_is_turned_once_it_is_closed(desk: Desk) -> None:
+    """Not even what came while its last turn was under way."""
+    may_go_on, begun = threading.Event(), threading.Event()
+    draw = Answer.draw
+
+    class Slow(Answer):
+        def draw(self, *given: object) -> list[int]:
+            begun.set()
+            assert may_go_on.wait(DEADLINE_S)
+            return draw(self, *given)  # type: ignore[arg-type]
+
+    slow = Slow(SessionId(1), SamplingOptions(), frozenset(), [0, 1, 2], 3, 10)
+    desk.decoder._turn_s = 1.0  # on its thread
+    desk.decoder.submit([Arrived(slow, row(1), [])])
+    await asyncio.to_thread(begun.wait, DEADLINE_S)
+    desk.decoder.submit([Arrived(answer(), row(2), [])])
+    closing = asyncio.create_task(desk.decoder.close())
+    await asyncio.sleep(0)
+    may_go_on.set()
+    await closing
+    assert [turned.answer for turned in await desk.turn()] == [slow]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert desk.turns.empty()
+    assert desk.failures.empty()

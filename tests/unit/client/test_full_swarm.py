@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from memory_swarm import MemorySwarm, StageShelf, answer, until
+from memory_swarm import MODEL, MemorySwarm, StageShelf, answer, until
 from running_time import running_s
 from tiny_models import prompt
 
@@ -19,7 +19,8 @@ from bsns.client.generate import Generator
 from bsns.client.opening import UNREACHED_S
 from bsns.client.sampling import SamplingOptions
 from bsns.core.errors import BsnsError, CacheFull, CacheTooSmall, PeerError, SwarmError
-from bsns.core.ids import PeerId
+from bsns.core.ids import PeerId, SessionId
+from bsns.protocol.inference import Open
 from bsns.transport.memory import MemoryNetwork, Pipe
 from bsns.worker.torch_executor import TorchExecutor
 
@@ -248,6 +249,27 @@ async def test_a_stage_that_dies_and_that_nobody_can_replace(scene: Scene) -> No
     assert all(isinstance(error, (SwarmError, PeerError)) for error, _ in scene.crowd.refusals)
     assert max(took_s for _, took_s in scene.crowd.refusals) < UNREACHED_S + 2.0 + LATE_S
     await scene.freed()
+
+
+async def test_who_is_refused_on_an_earlier_stage_keeps_no_room_on_a_later_one(scene: Scene) -> None:
+    for name, room in (("a0", 2), ("a1", 1), ("a2", 2)):
+        await scene.add(name, room)
+    (holder, other), hold = scene.clients(2), asyncio.Event()
+    tasks = [asyncio.create_task(scene.ask(holder, hold))]
+    await until(lambda: scene.sessions() == 1)
+    tasks.append(asyncio.create_task(scene.ask(other)))
+    first, second, _ = (node.worker.sessions for node in scene.swarm.nodes.values())
+    await until(lambda: second.waiting_clients == 1 and len(first) == 1)
+    filler = Open(SessionId(7), MODEL, 0, 2, "float32", TOKENS, 1, None)
+    first.open(filler, PeerId("filler"), scene.swarm.nodes["a0"].worker._now_s())
+    await until(lambda: (first.waiting_clients, second.waiting_clients) == (1, 0))
+    assert first.close(filler.session, PeerId("filler"))
+    await until(lambda: (first.waiting_clients, second.waiting_clients) == (0, 1))
+    hold.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 10)
+    assert len(scene.crowd.said) == 2
+    await scene.freed()
+    assert not any(node.worker.sessions.waiting_clients for node in scene.swarm.nodes.values())
 
 
 async def test_what_can_never_have_room_is_refused_at_once(scene: Scene) -> None:

@@ -100,6 +100,37 @@ def test_who_asks_no_more_waits_no_more() -> None:
     asker.open(C, WAITS_S + 0.1)
 
 
+def test_who_gives_up_its_place_waits_no_more() -> None:
+    asker = Asker(table())
+    first = asker.open(A, 0.0)
+    asker.open(A, 0.0)
+    asker.refused(B, 0.0)
+    place = SessionId(asker.number)
+    assert asker.sessions.close(first, A)
+    asker.refused(C, 0.1)
+    assert not asker.sessions.close(place, C), "nobody gives up another's"
+    asker.refused(C, 0.1)
+    assert not asker.sessions.close(place, B)
+    asker.open(C, 0.1)
+
+
+def test_who_has_asked_again_since_waits_on() -> None:
+    asker = Asker(table())
+    first = asker.open(A, 0.0)
+    asker.open(A, 0.0)
+    asker.refused(B, 0.0)
+    place = SessionId(asker.number)
+    asker.refused(B, 0.1)
+    assert not asker.sessions.close(place, B)
+    assert asker.sessions.close(first, A)
+    asker.refused(C, 0.2)
+    mine = asker.open(B, 0.2)
+    assert asker.sessions.close(mine, B)  # had no use for it, and comes where it was
+    asker.refused(C, 0.3)
+    assert not asker.sessions.close(mine, B)
+    asker.open(C, 0.3)
+
+
 def test_who_is_gone_waits_no_more() -> None:
     asker = Asker(table())
     first = asker.open(A, 0.0)
@@ -150,5 +181,5 @@ def test_what_never_fits_does_not_hold_up_others() -> None:
 def test_the_line_is_bounded() -> None:
     line = Line()
     for number in range(MOST_WAITING + 5):
-        line.join(PeerId(f"{number}"), 1, 0.0)
+        line.join(PeerId(f"{number}"), SessionId(number), 1, 0.0)
     assert line.ahead_of(A, 0.0) == (MOST_WAITING, MOST_WAITING)
