@@ -77,14 +77,18 @@ class Opener:
                 raise
             except CacheFull as error:
                 refusal = error
-        refused: list[Session] = []
+        refused: list[
+            Session
+        ] = []  # in the last try; one that is given up leaves places to whoever asks next, for a while
         try:
             async with asyncio.timeout(max(0.0, min(ROOM_S, give_up_s - self._clock.now_s()))), self._waiting:
                 look_s = FIRST_LOOK_S
                 while True:
                     before, refused = refused, []
                     try:
-                        return await self._open_somewhere(max_tokens, give_up_s, trace, refused)
+                        session = await self._open_somewhere(max_tokens, give_up_s, trace, refused)
+                        _leave_line(refused)
+                        return session
                     except CacheTooSmall:
                         raise
                     except CacheFull as error:
@@ -96,8 +100,6 @@ class Opener:
         except TimeoutError:
             why = refusal.message if refusal is not None else "others wait for room before this answer"
             raise CacheFull(f"the swarm is full: {why}; ask again later, or add a node") from None
-        finally:
-            _leave_line(refused)
 
     async def _open_somewhere(
         self, max_tokens: int, give_up_s: float, trace: str = "", refused: list[Session] | None = None

@@ -23,6 +23,7 @@ class _Waiting:
     asked_s: float
     session: SessionId
     """The one for which it asked last."""
+    here: bool = True
 
 
 class Line:
@@ -34,13 +35,14 @@ class Line:
         self._waiting: dict[PeerId, _Waiting] = {}
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(held.here for held in self._waiting.values())
 
     def ahead_of(self, client: PeerId, now_s: float) -> tuple[int, int]:
         """How many clients come before this one, and how many tokens they want together."""
         self._waiting = {peer: held for peer, held in self._waiting.items() if now_s - held.asked_s <= WAITS_S}
         own = self._waiting.get(client)
-        ahead = [held for held in self._waiting.values() if own is None or held.since_s < own.since_s]
+        here = [held for held in self._waiting.values() if held.here]
+        ahead = [held for held in here if own is None or held.since_s < own.since_s]
         return len(ahead), sum(held.tokens for held in ahead)
 
     def join(self, client: PeerId, session: SessionId, tokens: int, now_s: float, since_s: float | None = None) -> None:
@@ -48,7 +50,7 @@ class Line:
         already, it keeps its place, or the better of the two."""
         known = self._waiting.get(client)
         if known is not None:
-            known.tokens, known.asked_s = tokens, max(known.asked_s, now_s)
+            known.tokens, known.asked_s, known.here = tokens, max(known.asked_s, now_s), True
             if since_s is None:
                 known.session = session
             else:
@@ -57,10 +59,11 @@ class Line:
             self._waiting[client] = _Waiting(now_s if since_s is None else since_s, tokens, now_s, session)
 
     def give_up(self, client: PeerId, session: SessionId) -> None:
-        """A client wants no room for this session any more; where it has asked for another since, it waits on."""
+        """A client waits elsewhere: it keeps no room from others, but its place, if it is back before that is lost.
+        Where it has asked for another session since, it waits on."""
         held = self._waiting.get(client)
         if held is not None and held.session == session:
-            del self._waiting[client]
+            held.here = False
 
     def leave(self, client: PeerId) -> float | None:
         """A client got room, or is gone; since when it has waited, if it has."""
