@@ -116,7 +116,7 @@ def test_its_parent_killed(tiny: str, moment: str) -> None:
     try:
         assert parent.stdout is not None
         if moment == "starting":
-            until(lambda: family.look().named("bsns.node.zygote"), 30, "libraries that load")
+            until(lambda: family.look().named("zygote"), 30, "libraries that load")
         else:
             assert json.loads(parent.stdout.readline())["event"] == "serving"
         family.look()

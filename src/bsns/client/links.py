@@ -196,10 +196,10 @@ class Link:
             self._stream.post(message, buffers)
             end = self._stream.sent().given if ahead.taken < ahead.given else 0
             give_up_s = self._clock.now_s() + MOST_UNDERWAY_S
-            loop = asyncio.get_running_loop()
+            again = False
             while True:
                 before = self._stream.sent().taken
-                due_s = loop.time() + deadline_s
+                due_s = self._clock.now_s() + deadline_s
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(deadline_s):
                         return await asyncio.shield(future)
@@ -208,8 +208,10 @@ class Link:
                         return future.result()
                     await asyncio.sleep(0)
                 moves = before < end and self._stream.sent().taken > before
-                stood_still = loop.time() - due_s > STANDSTILL_S  # this process, if not the whole machine
-                if not (moves or stood_still) or self._clock.now_s() > give_up_s:
+                now_s = self._clock.now_s()
+                stood_still = not again and now_s - due_s > STANDSTILL_S  # this process, if not the whole machine
+                again = again or stood_still
+                if not (moves or stood_still) or now_s > give_up_s:
                     break
         finally:
             future.cancel()  # what comes later is for nobody

@@ -77,9 +77,7 @@ class Opener:
                 raise
             except CacheFull as error:
                 refusal = error
-        refused: list[
-            Session
-        ] = []  # in the last try; one that is given up leaves places to whoever asks next, for a while
+        refused: list[Session] = []
         try:
             async with asyncio.timeout(max(0.0, min(ROOM_S, give_up_s - self._clock.now_s()))), self._waiting:
                 look_s = FIRST_LOOK_S
@@ -107,7 +105,7 @@ class Opener:
         """A session on the best route; a peer that refuses or does not answer is avoided in the next try. None begins
         after `give_up_s`. Where somebody was silent and nobody else is left, all are tried again for a while.
 
-        `refused` is for one who stands in line: it gets the sessions for which there was no room. Stages that announced
+        `refused` is for one who stands in line: it gets the sessions that could not be opened. Stages that announced
         that they are full are asked too, for that may be over.
         """
         in_line = refused is not None
@@ -153,8 +151,6 @@ class Opener:
                 avoid |= blamed
             except BaseException:
                 self._release(route)
-                if refused is not None:
-                    refused.append(session)
                 raise
             else:
                 return session

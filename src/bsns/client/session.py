@@ -108,7 +108,7 @@ class Session:
         self._open = opened
 
     def leave_line(self) -> None:
-        """Stand in line nowhere any more, unless for another session since."""
+        """Keep no room from others where it stands in line, unless another session has asked for it since."""
         self.take_back(self._in_line)
 
     async def open_spare(self, start: int, end: int, hop: Hop, deadline_s: float) -> Link:

@@ -23,9 +23,9 @@ CHUNK_ROWS = 128
 """Prompt tokens in the chunk that is timed: enough for the weights to be read once for many."""
 MAX_REPEATS = 9
 LEAST_REPEATS = 3
-"""Of runs that are expected to be short: one that was held up is no figure."""
+"""Of runs that are expected to be short: one that was held up is no figure. Of others one will do."""
 BUDGET_S = 0.3
-"""What the repeats of each of the two figures may take; a warm-up and one run they take in any case."""
+"""What the repeats of each of the two figures may take, beside a warm-up and the least of them."""
 RETIMED = 3
 LONG_S = 1.0
 """No run shall be expected to take longer: a slow node times a smaller chunk."""

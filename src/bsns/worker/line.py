@@ -24,6 +24,7 @@ class _Waiting:
     session: SessionId
     """The one for which it asked last."""
     here: bool = True
+    """Else it waits elsewhere, and keeps no room."""
 
 
 class Line:

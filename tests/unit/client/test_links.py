@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from memory_swarm import until
 
-from bsns.client.links import Link, Links, split_rows
+from bsns.client.links import STANDSTILL_S, TURNS, Link, Links, split_rows
 from bsns.client.session import Session
 from bsns.core.blocks import BlockRange
 from bsns.core.errors import BadFrame, BsnsError, CacheFull, PeerFailed, PeerLost, PeerTimedOut, PeerUnreachable
@@ -182,18 +182,44 @@ async def test_silence_is_a_typed_error(scene: Scene) -> None:
     assert await link.ping() >= 0  # late or lost answers confuse nobody
 
 
-async def test_an_answer_that_is_there_counts_however_long_we_stood_still(scene: Scene) -> None:
+@pytest.mark.parametrize("late_s", [0.03, 0.3])
+async def test_an_answer_that_is_there_counts_however_long_we_stood_still(scene: Scene, late_s: float) -> None:
     """As after a collection of garbage, or a lid that was closed: the deadline has passed, but not for want of it."""
     node = await scene.node("n")
     link = await scene.link("n")
     await link.ping()
 
     def answer(ping: Ping) -> Pong:
-        time.sleep(0.3)  # with it everything in this process
+        time.sleep(0.05 + late_s)  # with it everything in this process
         return Pong(ping.nonce)
 
     node.answers[Ping] = answer
-    assert await link.ping(0.05) >= 0.3
+    assert await link.ping(0.05) >= 0.05 + late_s
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_who_stood_still_asks_for_the_answer_once_more(
+    scene: Scene, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be on its way still, if the whole machine stood still; but of a node that is frozen nothing comes."""
+    node = await scene.node("n")
+    link = await scene.link("n")
+    await link.ping()
+    pings: list[Ping] = []
+    node.answers[Ping] = pings.append
+    asked = asyncio.create_task(link.ping(0.1))
+    await until(lambda: bool(pings))
+    time.sleep(0.1 + STANDSTILL_S + 0.05)  # noqa: ASYNC251  it is to hold up everything in this process
+    for _ in range(2 * TURNS):
+        await asyncio.sleep(0)
+    assert not asked.done()
+    if answers:
+        await node.streams[0].send(Pong(pings[0].nonce))
+        assert await asked > STANDSTILL_S
+    else:
+        monkeypatch.setattr("bsns.client.links.STANDSTILL_S", -1.0)  # as if it stood still for ever
+        with pytest.raises(PeerTimedOut):
+            await asyncio.wait_for(asked, 5)
 
 
 async def test_a_lost_node_ends_every_wait_and_the_next_use_dials_anew(scene: Scene) -> None:

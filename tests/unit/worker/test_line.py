@@ -46,6 +46,14 @@ class Asker:
         return caught.value.message
 
 
+def full() -> tuple[Asker, SessionId]:
+    """Of a table whose room A has; closing this session of its two leaves room for one."""
+    asker = Asker(table())
+    first = asker.open(A, 0.0)
+    asker.open(A, 0.0)
+    return asker, first
+
+
 def test_who_was_refused_first_gets_room_first() -> None:
     asker = Asker(table())
     mine = [asker.open(A, 0.0), asker.open(A, 0.0)]
@@ -63,9 +71,7 @@ def test_who_was_refused_first_gets_room_first() -> None:
 
 def test_who_gives_back_what_it_had_no_use_for_keeps_its_place() -> None:
     """Another stage had no room for it."""
-    asker = Asker(table())
-    first = asker.open(A, 0.0)
-    asker.open(A, 0.0)
+    asker, first = full()
     asker.refused(B, 0.0)
     asker.refused(C, 0.1)
     assert asker.sessions.close(first, A)
@@ -80,9 +86,7 @@ def test_who_gives_back_what_it_had_no_use_for_keeps_its_place() -> None:
 
 
 def test_who_does_not_stand_in_line_does_not_get_ahead_of_it_either() -> None:
-    asker = Asker(table())
-    first = asker.open(A, 0.0)
-    asker.open(A, 0.0)
+    asker, first = full()
     asker.refused(B, 0.0, waits=False)
     asker.refused(C, 0.1)
     assert asker.sessions.close(first, A)
@@ -91,9 +95,7 @@ def test_who_does_not_stand_in_line_does_not_get_ahead_of_it_either() -> None:
 
 
 def test_who_asks_no_more_waits_no_more() -> None:
-    asker = Asker(table())
-    first = asker.open(A, 0.0)
-    asker.open(A, 0.0)
+    asker, first = full()
     asker.refused(B, 0.0)
     assert asker.sessions.close(first, A)
     asker.refused(C, WAITS_S)
@@ -101,9 +103,7 @@ def test_who_asks_no_more_waits_no_more() -> None:
 
 
 def test_who_gives_up_its_place_waits_no_more() -> None:
-    asker = Asker(table())
-    first = asker.open(A, 0.0)
-    asker.open(A, 0.0)
+    asker, first = full()
     asker.refused(B, 0.0)
     place = SessionId(asker.number)
     assert asker.sessions.close(first, A)
@@ -115,9 +115,7 @@ def test_who_gives_up_its_place_waits_no_more() -> None:
 
 
 def test_who_has_asked_again_since_waits_on() -> None:
-    asker = Asker(table())
-    first = asker.open(A, 0.0)
-    asker.open(A, 0.0)
+    asker, first = full()
     asker.refused(B, 0.0)
     place = SessionId(asker.number)
     asker.refused(B, 0.1)
@@ -132,9 +130,7 @@ def test_who_has_asked_again_since_waits_on() -> None:
 
 
 def test_who_is_gone_waits_no_more() -> None:
-    asker = Asker(table())
-    first = asker.open(A, 0.0)
-    asker.open(A, 0.0)
+    asker, first = full()
     asker.refused(B, 0.0)
     asker.sessions.close_all_of(B)
     assert asker.sessions.close(first, A)
